@@ -1,0 +1,1 @@
+"""Validation scripts: each can be run (`python ci/latency.py`) and imported."""

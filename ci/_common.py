@@ -1,0 +1,278 @@
+"""What the validation scripts share: options, report fields, targets, tables, exit codes.
+
+A report is one JSON object: common fields (date, digests of source and weights, device, dtype,
+versions), ``settings``, ``figures`` and ``targets``. A target's status is PASS, MISSED or SKIPPED;
+a skipped one says why and never counts as passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from parscale_ear import __version__, checkpoint
+from parscale_ear.autoencoder.model import shipped_weights
+from parscale_ear.cli import UsageError, resolve_device
+from parscale_ear.data.images import ImageError
+from parscale_ear.metrics.features import FeatureError
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
+REPORT_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One line of a verdict."""
+
+    name: str
+    status: str  # PASS, MISSED or SKIPPED
+    value: float | None = None
+    limit: str = ""  # as a person would write it: "≤ 0.02"
+    why: str = ""  # of a SKIPPED, or what to keep in mind
+
+
+def at_most(name: str, value: float, limit: float, unit: str = "", why: str = "") -> Target:
+    """A target that a figure must not exceed; NaN misses it."""
+    status = "PASS" if value <= limit else "MISSED"
+    return Target(name, status, value, f"≤ {limit:g}{unit and ' ' + unit}", why)
+
+
+def at_least(name: str, value: float, limit: float, unit: str = "", why: str = "") -> Target:
+    """A target that a figure must reach; NaN misses it."""
+    status = "PASS" if value >= limit else "MISSED"
+    return Target(name, status, value, f"≥ {limit:g}{unit and ' ' + unit}", why)
+
+
+def holds(name: str, condition: bool, why: str = "") -> Target:
+    """A target that is simply true or not."""
+    return Target(name, "PASS" if condition else "MISSED", why=why)
+
+
+def skipped(name: str, why: str, limit: str = "") -> Target:
+    """A target that could not be measured here."""
+    return Target(name, "SKIPPED", limit=limit, why=why)
+
+
+def parser(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the options that every script has."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--output", type=Path, default=Path("results") / output)
+    result.add_argument("--quick", action="store_true", help="fewer samples, no verdict on timings")
+    return result
+
+
+def add_reference_options(result: argparse.ArgumentParser) -> None:
+    """The options of scripts that measure on photographs."""
+    result.add_argument(
+        "--ref-dir",
+        type=Path,
+        default=os.environ.get("REF_DIR") or None,
+        help="folder or tar of photographs (or REF_DIR)",
+    )
+    result.add_argument("--reference", choices=("wheels", "imagenette"), default="wheels")
+    result.add_argument(
+        "--num-samples",
+        type=positive_int,
+        default=os.environ.get("CI_FID_SAMPLES") or None,
+        help="pictures (or CI_FID_SAMPLES; default 280, quick 42)",
+    )
+    result.add_argument(
+        "--features", choices=("auto", "inception", "efficientnet-lite0"), default="auto"
+    )
+    result.add_argument("--inception-weights", type=Path, help="pytorch-fid's weight file")
+
+
+def positive_int(text: str) -> int:
+    """An integer above 0, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def device_name(device: torch.device) -> str:
+    """The name a person knows the device by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def source_digest() -> str:
+    """SHA-256 over the package's and the scripts' source: name and content of every file."""
+    files = [*(ROOT / "parscale_ear").rglob("*.py"), *(ROOT / "ci").glob("*.py")]
+    sha = hashlib.sha256()
+    for file in sorted(files):
+        sha.update(f"{file.relative_to(ROOT).as_posix()}\n".encode())
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def weights_digest() -> dict[str, str]:
+    """The SHA-256 in the headers of the shipped weights."""
+    return {
+        variant: checkpoint.load(shipped_weights(variant))[1]["sha256"]
+        for variant in ("baseline", "hybrid")
+    }
+
+
+def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """What every report says about where it comes from."""
+    return {
+        "format": REPORT_FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        "source_sha256": source_digest(),
+        "weights_sha256": weights_digest(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def verdict(targets: Sequence[Target]) -> str:
+    """MISSED if one is, else PASS if one is, else SKIPPED."""
+    statuses = {target.status for target in targets}
+    return next((s for s in ("MISSED", "PASS", "SKIPPED") if s in statuses), "SKIPPED")
+
+
+def finish(
+    milestone: str,
+    title: str,
+    arguments: argparse.Namespace,
+    fields: dict[str, Any],
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+    targets: Sequence[Target],
+) -> int:
+    """Writes the report, prints the targets and, last, the report as one line of JSON.
+
+    Returns:
+        The exit code.
+    """
+    report = {
+        "milestone": milestone,
+        "title": title,
+        "verdict": verdict(targets),
+        **fields,
+        "quick": arguments.quick,
+        "settings": settings,
+        "figures": figures,
+        "targets": [dataclasses.asdict(target) for target in targets],
+    }
+    report = _without_nan(report)
+    checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+    print(f"\n{milestone} {title}: {report['verdict']}  ({fields['device']}, {fields['dtype']})")
+    table(
+        ("target", "value", "limit", "status", ""),
+        [(t.name, _number(t.value), t.limit, t.status, t.why) for t in targets],
+    )
+    print(json.dumps(report))
+    return MISSED if report["verdict"] == "MISSED" else PASSED
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for what was not measured."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table for people."""
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
+    for row in (head, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip())
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[..., Any]]:
+    """A progress bar on stderr; yields what to call with the number of things done (default 1)."""
+    with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True) as bar:
+
+        def advance(count: int = 1) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> int:
+    """Runs a script's ``main`` on the command line: a user's mistake is one line and exit code 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        return main(None)
+    except (
+        UsageError,
+        ImageError,
+        FeatureError,
+        checkpoint.CheckpointError,
+        ValueError,
+        OSError,
+    ) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+
+
+__all__ = [
+    "MISSED",
+    "PASSED",
+    "ROOT",
+    "WRONG",
+    "Target",
+    "add_reference_options",
+    "at_least",
+    "at_most",
+    "common_fields",
+    "device_name",
+    "finish",
+    "holds",
+    "parser",
+    "positive_int",
+    "progress",
+    "resolve_device",
+    "run",
+    "skipped",
+    "source_digest",
+    "table",
+    "verdict",
+    "weights_digest",
+]

@@ -1,0 +1,90 @@
+"""M3-1: what each branch of the hybrid does in the trained model, by switching it off.
+
+Switching off a branch that was trained together with the rest shows whether it is used, not what
+it is worth: worth takes a training without it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from ci import _common as ci
+from ci._distances import compare, print_comparison
+from ci.fid_eval import reference_of, restore
+from parscale_ear.metrics.features import load_extractor
+
+SWITCHED_OFF = {
+    "full": {"coarse", "fine"},
+    "no coarse": {"fine"},
+    "no fine": {"coarse"},
+    "neither": set[str](),
+}
+
+
+def branch_verdicts(result: dict[str, Any]) -> dict[str, str]:
+    """``used`` where switching a branch off costs PSNR beyond its interval, else ``not used``."""
+    return {
+        branch: "used"
+        if result["differences"][f"no {branch}"]["psnr_db"]["high"] < 0
+        else "not used"
+        for branch in ("coarse", "fine")
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    parser = ci.parser((__doc__ or "").split("\n\n")[0], "ablation.json")
+    ci.add_reference_options(parser)
+    arguments = parser.parse_args(argv)
+    device = ci.resolve_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    extractor, note = load_extractor(
+        arguments.features, device=device, weights=arguments.inception_weights
+    )
+    reference = reference_of(arguments)
+    variants = {
+        name: restore("hybrid", device, reference.pictures, branches=branches)
+        for name, branches in SWITCHED_OFF.items()
+    }
+    result = compare(
+        reference,
+        variants,
+        extractor,
+        against="full",
+        repeats=20 if arguments.quick else 200,
+        seed=arguments.seed,
+    )
+    print_comparison(result)
+    used = branch_verdicts(result)
+    print("; ".join(f"the {branch} branch is {word}" for branch, word in used.items()))
+    figures = {
+        **result,
+        "branches": used,
+        "features": extractor.name,
+        "features_note": note,
+        "reference": reference.as_dict(),
+    }
+    targets = [
+        ci.holds(
+            f"the {branch} branch was measured",
+            all(map(math.isfinite, result["differences"][f"no {branch}"]["psnr_db"].values())),
+            f"{word} (which does not say what it is worth)",
+        )
+        for branch, word in used.items()
+    ]
+    fields = ci.common_fields(device, torch.float32, arguments.seed)
+    settings = {"num_samples": len(reference.pictures)}
+    return ci.finish("M3-1", "ablation", arguments, fields, settings, figures, targets)
+
+
+if __name__ == "__main__":
+    sys.exit(ci.run(main))

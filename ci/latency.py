@@ -1,0 +1,163 @@
+"""M2-2: latency, throughput and memory of the shipped model, under the roof of the same run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from ci import _common as ci
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.profiling.latency import benchmark_model_precise, time_alternately
+from parscale_ear.profiling.roofline import least_bytes, measure_roof
+
+__all__ = ["benchmark_model_precise", "main"]
+
+CUDA_P99_MS = 1.0  # per image at batch 16
+CPU_RATIO = 10.0  # times faster than AutoencoderTiny, batch 4, plain FP32
+BATCH_SIZES = (1, 4, 8, 16)
+COMPARED_BATCH = 4
+PROTOTYPE_P99_MS = 0.566  # published by the prototype; hardware and weights not stated there
+
+
+def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
+    """Ours and diffusers' AutoencoderTiny, encode and decode, plain FP32 on the CPU, in turn.
+
+    Raises:
+        ModuleNotFoundError: diffusers is not installed.
+    """
+    import diffusers
+
+    ours = ParScaleEAR.from_pretrained(device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    tiny = diffusers.AutoencoderTiny().eval()  # its published sizes; weights do not change time
+    images = torch.rand(COMPARED_BATCH, 3, 256, 256) * 2 - 1
+    channels_last = images.to(memory_format=torch.channels_last)
+    with ci.progress(runs, "against AutoencoderTiny") as advance:
+        timings = time_alternately(
+            [lambda: ours(channels_last), lambda: tiny(images)],
+            device="cpu",
+            runs=runs,
+            warmup=2,
+            progress=advance,
+        )
+    ours_ms, tiny_ms = (t.summary(COMPARED_BATCH)["p50_ms"] for t in timings)
+    return {
+        "diffusers": diffusers.__version__,
+        "batch_size": COMPARED_BATCH,
+        "num_runs": runs,
+        "dtype": "float32",
+        "parscale_ear_p50_ms_per_image": ours_ms,
+        "autoencoder_tiny_p50_ms_per_image": tiny_ms,
+        "ratio_p50": tiny_ms / ours_ms,
+        "autoencoder_tiny_parameters": sum(p.numel() for p in tiny.parameters()),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    parser = ci.parser(__doc__ or "", "latency.json")
+    parser.add_argument(
+        "--num-runs",
+        type=ci.positive_int,
+        default=os.environ.get("CI_NUM_RUNS") or None,
+        help="timed runs a batch size (or CI_NUM_RUNS; default 100, quick 10)",
+    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: by device")
+    arguments = parser.parse_args(argv)
+    runs = arguments.num_runs or (10 if arguments.quick else 100)
+    device = ci.resolve_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+    model = ParScaleEAR.from_pretrained(device=device, dtype=dtypes[arguments.dtype])
+    dtype = next(model.parameters()).dtype
+
+    roof = measure_roof(device, dtype, runs=3 if arguments.quick else 10)
+    flops = model.flops(256, 256)
+    rows = []
+    for batch in BATCH_SIZES:
+        with ci.progress(runs, f"batch {batch}") as advance:
+            row = benchmark_model_precise(model, device, batch, runs, progress=advance)
+        seconds = row["mean_ms_per_image"] / 1000
+        row["flops_per_s"] = flops / seconds
+        row["fraction_of_compute_roof"] = row["flops_per_s"] / roof.flops_per_s
+        row["least_bytes_per_s"] = least_bytes(model, batch) / batch / seconds
+        row["fraction_of_memory_roof"] = row["least_bytes_per_s"] / roof.bytes_per_s
+        rows.append(row)
+    compared, reason = None, ""
+    try:
+        compared = compare_with_autoencoder_tiny(max(3, runs // 5))
+    except ModuleNotFoundError:
+        reason = "diffusers is not installed (poetry group 'bench')"
+
+    _print(rows, flops, roof.as_dict())
+    figures = {
+        "gflop_per_image": flops / 1e9,
+        "batches": rows,
+        "roof": roof.as_dict(),
+        "against_autoencoder_tiny": compared,
+        "prototype_p99_ms_per_image": PROTOTYPE_P99_MS,
+    }
+    targets = _targets(device, rows, compared, reason, arguments.quick)
+    fields = ci.common_fields(device, dtype, arguments.seed)
+    settings = {"num_runs": runs, "height": 256, "width": 256, "batch_sizes": list(BATCH_SIZES)}
+    return ci.finish("M2-2", "latency", arguments, fields, settings, figures, targets)
+
+
+def _targets(
+    device: torch.device,
+    rows: list[dict[str, Any]],
+    compared: dict[str, Any] | None,
+    reason: str,
+    quick: bool,
+) -> list[ci.Target]:
+    p99 = f"P99 per image at batch {BATCH_SIZES[-1]} on CUDA"
+    ratio = "times faster than AutoencoderTiny (FP32, CPU, batch 4)"
+    beside = f"the prototype printed {PROTOTYPE_P99_MS} ms"
+    if quick:
+        why = "--quick gives no verdict on timings"
+        return [ci.skipped(p99, why, "≤ 1 ms"), ci.skipped(ratio, why, "≥ 10")]
+    targets = []
+    if device.type == "cuda":
+        value = rows[-1]["p99_ms_per_image"]
+        targets.append(ci.at_most(p99, value, CUDA_P99_MS, "ms", beside))
+    else:
+        why = f"measured on {device.type}, not on CUDA; {beside}"
+        targets.append(ci.skipped(p99, why, "≤ 1 ms"))
+    if compared is None:
+        targets.append(ci.skipped(ratio, reason, "≥ 10"))
+    else:
+        targets.append(ci.at_least(ratio, compared["ratio_p50"], CPU_RATIO))
+    return targets
+
+
+def _print(rows: list[dict[str, Any]], flops: int, roof: dict[str, Any]) -> None:
+    ci.table(
+        ("batch", "mean ms", "P50", "P95", "P99", "images/s", "GFLOP/s", "of roof", "peak MiB"),
+        [
+            (
+                str(row["batch_size"]),
+                *(f"{row[f'{key}_ms_per_image']:.2f}" for key in ("mean", "p50", "p95", "p99")),
+                f"{row['images_per_s']:.1f}",
+                f"{row['flops_per_s'] / 1e9:.0f}",
+                f"{row['fraction_of_compute_roof']:.0%}",
+                "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+    print(
+        f"milliseconds per image; {flops / 1e9:.2f} GFLOP an image; roof measured here: "
+        f"{roof['flops_per_s'] / 1e9:.0f} GFLOP/s, {roof['bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(ci.run(main))

@@ -1,0 +1,342 @@
+"""Turns the reports of a run into results/report.html, and the README's figures from docs/results.
+
+``--keep`` copies a full run's reports to docs/results; ``--readme`` writes the README's figures
+from there. Both are for maintainers, after a run that is to be published.
+"""
+
+from __future__ import annotations
+
+import html
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from ci import _common as ci
+from ci._figures import ablation_plot, data_url, latency_plot, picture_grid
+from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
+from parscale_ear import checkpoint
+
+KEPT = ci.ROOT / "docs" / "results"
+README = ci.ROOT / "README.md"
+BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+       color: #1c1e21; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
+th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid #ddd; vertical-align: top }
+.PASS { color: #146c2e; font-weight: 600 } .MISSED { color: #b3261e; font-weight: 600 }
+.SKIPPED { color: #7a5a00; font-weight: 600 }
+.verdict { font-size: 1.3rem } .note { background: #fff6db; padding: .5rem .8rem; border-radius: 4px }
+img { max-width: 100%; height: auto } .scroll { overflow-x: auto }
+pre { background: #f4f5f7; padding: .8rem; overflow-x: auto; border-radius: 4px }
+figcaption { color: #555 } figure { margin: 1.5rem 0 }
+"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cell(text: str, tag: str) -> str:
+        name = f' class="{text}"' if text in ("PASS", "MISSED", "SKIPPED") else ""
+        return f"<{tag}{name}>{html.escape(text)}</{tag}>"
+
+    lines = ["".join(cell(text, "th") for text in head)]
+    lines += ["".join(cell(text, "td") for text in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def build_html(
+    reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], device: torch.device
+) -> str:
+    """The whole report as one self-contained HTML file."""
+    words = {ci.PASSED: "PASS", ci.MISSED: "MISSED", ci.WRONG: "UNUSABLE"}
+    verdict = words[judge(reports, problems)]
+    parts = [
+        '<p class="verdict">Verdict: ' + f'<span class="{verdict}">{verdict}</span></p>',
+        *(f'<p class="note">{html.escape(problem)}</p>' for problem in problems),
+        _table(("milestone", "target", "value", "limit", "status", ""), milestone_rows(reports)),
+    ]
+    first = next(iter(reports.values()), None)
+    if first is not None:
+        weights = ", ".join(f"{k} {v[:12]}" for k, v in first["weights_sha256"].items())
+        pairs = [
+            ("date", first["date"]),
+            ("device", f"{first['device']}, {first['threads']} threads"),
+            ("versions", f"parscale_ear {first['version']}, torch {first['torch']}"),
+            ("source", first["source_sha256"][:12]),
+            ("weights", weights),
+            ("run", "quick: fewer samples, no verdict on timings" if first["quick"] else "full"),
+        ]
+        parts.append("<h2>Where this was measured</h2>" + _table(("", ""), pairs))
+    parts.append("<h2>Pictures</h2>")
+    caption = (
+        "Original, baseline, hybrid, and the hybrid's difference from the original ×5 "
+        "(grey: none), at 1:1. Crops of photographs out of the wheels of scikit-image and "
+        "matplotlib."
+    )
+    parts.append(_figure(picture_grid(device), caption))
+    if "latency" in reports:
+        parts += _latency(reports["latency"])
+    for name, title in (("fid", "M2-3 distance to the originals"), ("ablation", "M3-1 ablation")):
+        if name in reports:
+            parts += _distances(reports[name], title)
+    if "ablation" in reports:
+        parts.append(
+            _figure(
+                ablation_plot(reports["ablation"]["figures"]),
+                "What switching a branch off in the trained model changes, with 95 % intervals "
+                "(bootstrap over photographs). It shows whether a branch is used, not what it is "
+                "worth.",
+            )
+        )
+    parts.append(
+        "<h2>How to repeat it</h2><pre>bash ci/run.sh\n"
+        "CI_NUM_RUNS=100 CI_FID_SAMPLES=280 REF_DIR=/your/photographs bash ci/run.sh</pre>"
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>ParScale-EAR validation</title><style>{STYLE}</style></head><body>"
+        f"<h1>ParScale-EAR validation</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _figure(png: bytes, caption: str) -> str:
+    return (
+        f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="{data_url(png)}"></div>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _latency(report: Mapping[str, Any]) -> list[str]:
+    figures = report["figures"]
+    rows = [
+        (
+            str(row["batch_size"]),
+            *(f"{row[f'{key}_ms_per_image']:.2f}" for key in ("mean", "p50", "p95", "p99")),
+            f"{row['images_per_s']:.1f}",
+            f"{row['fraction_of_compute_roof']:.0%}",
+            f"{row['fraction_of_memory_roof']:.0%}",
+        )
+        for row in figures["batches"]
+    ]
+    head = (
+        "batch",
+        "mean ms",
+        "P50",
+        "P95",
+        "P99",
+        "images/s",
+        "of compute roof",
+        "of memory roof",
+    )
+    roof = figures["roof"]
+    text = (
+        f"Milliseconds per 256×256 image, {report['dtype']}, {report['settings']['num_runs']} runs, "
+        f"{figures['gflop_per_image']:.2f} GFLOP an image. Roof measured in the same run: "
+        f"{roof['flops_per_s'] / 1e9:.0f} GFLOP/s, {roof['bytes_per_s'] / 1e9:.1f} GB/s."
+    )
+    compared = figures["against_autoencoder_tiny"]
+    if compared is not None:
+        text += (
+            f" diffusers' AutoencoderTiny took {compared['autoencoder_tiny_p50_ms_per_image']:.0f}"
+            f" ms an image beside {compared['parscale_ear_p50_ms_per_image']:.1f} ms of ours in "
+            f"plain FP32 at batch {compared['batch_size']}, timed in turn: "
+            f"{compared['ratio_p50']:.1f} times faster."
+        )
+    return [
+        "<h2>M2-2 latency</h2>",
+        _table(head, rows),
+        f"<p>{html.escape(text)}</p>",
+        _figure(latency_plot(figures), "Milliseconds per image against batch size."),
+    ]
+
+
+def _distances(report: Mapping[str, Any], title: str) -> list[str]:
+    figures = report["figures"]
+    reference = figures["reference"]
+    notes = [reference["warning"], figures["features_note"]]
+    return [
+        f"<h2>{html.escape(title)}</h2>",
+        _table(_distance_head(figures), distance_rows(figures)),
+        f"<p>95 % intervals by bootstrap over {reference['photographs']} photographs; "
+        f"{html.escape(reference['source'])}. Two halves of the originals are "
+        f"{figures['reference_distance']:.1f} apart.</p>",
+        *(f'<p class="note">{html.escape(note)}</p>' for note in notes if note),
+    ]
+
+
+def _distance_head(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("", figures["distance_name"], "PSNR, dB", "SSIM")
+
+
+def distance_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Variants, then differences, each with its interval."""
+
+    def text(interval: Mapping[str, float], digits: int, sign: str = "") -> str:
+        value, low, high = (f"{interval[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
+
+    rows = []
+    for kind, sign in (("variants", ""), ("differences", "+")):
+        for name, metrics in figures[kind].items():
+            label = name if kind == "variants" else f"{name} − {figures['against']}"
+            digits = (("distance", 2), ("psnr_db", 2), ("ssim", 4))
+            rows.append((label, *(text(metrics[m], n, sign) for m, n in digits)))
+    return rows
+
+
+# --- the README ---
+
+
+def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README's figures as Markdown, each with hardware, dtype, sample count and date."""
+    sanity, latency, fid, ablation = (reports[name] for name in REPORTS)
+
+    def origin(report: Mapping[str, Any], samples: str) -> str:
+        return (
+            f"*{report['device']}, {report['threads']} threads, {report['dtype']}, {samples}, "
+            f"torch {report['torch']}, {report['date'][:10]}.*"
+        )
+
+    compared = latency["figures"]["against_autoencoder_tiny"]
+    lines = [
+        "**Milestones**",
+        "",
+        _markdown(
+            ("milestone", "target", "value", "limit", "status"),
+            [row[:5] for row in milestone_rows(reports)],
+        ),
+        "",
+        f"**Latency** ({latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image)",
+        "",
+        _markdown(
+            ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
+            [
+                (
+                    str(row["batch_size"]),
+                    *(f"{row[f'{key}_ms_per_image']:.1f}" for key in ("mean", "p50", "p99")),
+                    f"{row['images_per_s']:.0f}",
+                    f"{row['fraction_of_compute_roof']:.0%}",
+                )
+                for row in latency["figures"]["batches"]
+            ],
+        ),
+        "",
+        origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
+    ]
+    if compared is not None:
+        lines.append(
+            f"In the same run, plain FP32, batch {compared['batch_size']}: "
+            f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
+            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs)."
+        )
+    if latency["device_type"] != "cuda":
+        lines.append("**Not measured on a GPU yet.**")
+    for title, report in (
+        ("Reconstruction", fid),
+        ("Ablation by switching branches off", ablation),
+    ):
+        figures = report["figures"]
+        reference = figures["reference"]
+        samples = f"{reference['pictures']} crops of {reference['photographs']} scenes"
+        rows = distance_rows(figures)
+        head = _distance_head(figures)
+        lines += ["", f"**{title}**", "", _markdown(head, rows), "", origin(report, samples)]
+        if reference["warning"]:
+            lines.append(f"Note: {reference['warning']}.")
+    used = ", ".join(f"{k}: {v}" for k, v in ablation["figures"]["branches"].items())
+    lines.append(f"Branches in the trained model — {used} (used is not the same as worth it).")
+    precision = sanity["figures"]["precision"]
+    lines += [
+        "",
+        "**Half precision** against FP32 on the same photographs: "
+        + "; ".join(
+            f"{name} relative error {row['relative_error']:.1e}, {row['psnr_lost_db']:+.4f} dB lost"
+            for name, row in precision.items()
+            if name != "float32"
+        )
+        + ". "
+        + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_readme(reports: Mapping[str, Mapping[str, Any]], path: Path = README) -> None:
+    """Puts the figures between the two marks in the README.
+
+    Raises:
+        UsageError: the marks are not there.
+    """
+    checkpoint.write_text(path, with_figures(path.read_text(encoding="utf-8"), reports))
+
+
+def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A README's text with its figures replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ci.UsageError(f"the README lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{readme_figures(reports)}\n\n{END}{after}"
+
+
+def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], folder: Path) -> None:
+    """Copies a full run's reports to docs/results.
+
+    Raises:
+        UsageError: the reports are unusable, or of a quick run.
+    """
+    if problems:
+        raise ci.UsageError(f"not kept: {problems[0]}")
+    if any(report["quick"] for report in reports.values()):
+        raise ci.UsageError("not kept: a --quick run is not for publishing; run bash ci/run.sh")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for name in REPORTS:
+        shutil.copyfile(folder / f"{name}.json", KEPT / f"{name}.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    parser = ci.parser((__doc__ or "").split("\n\n")[0], "report.html")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
+    parser.add_argument("--keep", action="store_true", help="copy the reports to docs/results")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the README's figures from docs/results"
+    )
+    arguments = parser.parse_args(argv)
+    reports, problems = read_reports(arguments.results)
+    if not reports and not arguments.readme:
+        raise ci.UsageError(f"no reports in {arguments.results}; run bash ci/run.sh first")
+    problems += find_problems(reports, source=ci.source_digest(), weights=ci.weights_digest())
+    if arguments.keep:
+        keep(reports, problems, arguments.results)
+        print(f"kept in {KEPT.relative_to(ci.ROOT)}")
+    if arguments.readme:
+        kept, missing = read_reports(KEPT)
+        if missing:
+            raise ci.UsageError(missing[0])
+        write_readme(kept)
+        print("wrote the figures of README.md")
+        if not reports:
+            return ci.PASSED
+    page = build_html(reports, problems, ci.resolve_device(arguments.device))
+    checkpoint.write_text(arguments.output, page)
+    print(f"wrote {arguments.output} ({len(page) / 2**20:.1f} MiB)")
+    for problem in problems:
+        print(f"problem: {problem}")
+    return ci.WRONG if problems else ci.PASSED
+
+
+if __name__ == "__main__":
+    sys.exit(ci.run(main))

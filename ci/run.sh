@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# The whole validation in order: sanity, latency, FID, ablation, verdict, report.
+# A failing step does not hide the later ones; the exit code tells: 0 all passed, 1 a target was
+# missed, 2 wrong use or missing data.
+set -uo pipefail
+
+usage() {
+  cat <<'END'
+Usage: bash ci/run.sh [--quick] [--device auto|cpu|cuda]
+
+Validates the shipped model (M2-1 sanity, M2-2 latency, M2-3 FID, M3-1 ablation) and writes
+results/*.json and results/report.html. Sets up .venv first if it is not there.
+
+  --quick   the same chain with fewer samples and no verdict on timings
+
+Environment: CI_NUM_RUNS (timed runs a batch size), CI_FID_SAMPLES (pictures),
+REF_DIR (folder or tar of photographs to measure on), CI_PYTHON (an interpreter that has all that
+is needed: nothing is set up then).
+END
+}
+
+quick=()
+device=auto
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=(--quick) ;;
+    --device)
+      [ $# -ge 2 ] || { echo "run.sh: --device needs a value" >&2; exit 2; }
+      device=$2
+      shift
+      ;;
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    *)
+      echo "run.sh: unknown option '$1'; see bash ci/run.sh --help" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+
+case ${REF_DIR:-} in
+  "") unset REF_DIR ;;
+  /*) ;;
+  *) export REF_DIR=$PWD/$REF_DIR ;; # as the caller sees it
+esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python=${CI_PYTHON:-}
+if [ -z "$python" ]; then
+  bash setup_env.sh || exit 2
+  python=.venv/bin/python
+fi
+mkdir -p results || exit 2
+# What an earlier run left must not pass for this one's.
+rm -f results/{sanity,latency,fid,ablation,summary}.json results/report.html
+
+steps=("sanity.py ${quick[*]-}" "latency.py ${quick[*]-}" "fid_eval.py ${quick[*]-}"
+  "ablation.py ${quick[*]-}" "validate_results.py" "report.py")
+worst=0
+verdict=2
+bar="######"
+dots="......"
+for index in "${!steps[@]}"; do
+  read -r -a words <<<"${steps[$index]}"
+  printf '\n[%s%s] %d/%d  %s\n' "${bar:0:index}" "${dots:index}" $((index + 1)) \
+    ${#steps[@]} "${words[0]}"
+  options=("${words[@]:1}")
+  case ${words[0]} in validate_results.py) ;; *) options+=(--device "$device") ;; esac
+  "$python" "ci/${words[0]}" ${options[@]+"${options[@]}"}
+  code=$?
+  case ${words[0]} in validate_results.py) verdict=$code ;; esac
+  if [ "$code" -gt "$worst" ]; then worst=$code; fi
+done
+
+printf '\n[%s] done in %d min %02d s; report: results/report.html\n' "$bar" $((SECONDS / 60)) \
+  $((SECONDS % 60))
+case $worst in
+  0) echo "all targets that could be measured here passed" ;;
+  1) echo "a target was missed: see the table above" ;;
+  *) echo "a step failed (exit code $worst, verdict $verdict): see its message above" ;;
+esac
+[ "$worst" -le 2 ] || worst=2
+exit "$worst"

@@ -1,0 +1,156 @@
+"""Reads the reports of one run, refuses stale or mixed ones and prints the milestone table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ci import _common as ci
+from parscale_ear import checkpoint
+
+REPORTS = {  # file → milestone, in the order of the table
+    "sanity": "M2-1",
+    "latency": "M2-2",
+    "fid": "M2-3",
+    "ablation": "M3-1",
+}
+SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
+
+
+class ResultsError(ci.UsageError):
+    """Reports that cannot be judged; the message is one line a problem."""
+
+
+def read_reports(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The reports in a folder, and a line for each that is missing or unreadable."""
+    reports: dict[str, dict[str, Any]] = {}
+    problems = []
+    for name, milestone in REPORTS.items():
+        path = folder / f"{name}.json"
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            missing = [key for key in (*SAME_IN_ALL, "verdict", "targets") if key not in report]
+            if report.get("milestone") != milestone or missing:
+                problems.append(
+                    f"{path}: not a report of {milestone}; run ci/{_script(name)} again"
+                )
+                continue
+            reports[name] = report
+        except FileNotFoundError:
+            problems.append(f"{path}: missing; run ci/{_script(name)}")
+        except (ValueError, AttributeError, TypeError, OSError):
+            problems.append(f"{path}: not readable as a report; run ci/{_script(name)} again")
+    return reports, problems
+
+
+def _script(name: str) -> str:
+    return "fid_eval.py" if name == "fid" else f"{name}.py"
+
+
+def find_problems(
+    reports: Mapping[str, Mapping[str, Any]],
+    *,
+    source: str | None = None,
+    weights: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Why these reports do not belong together, or to this source and these weights.
+
+    Args:
+        reports: name → report.
+        source: digest of the source as it is now; None: any, if all have the same.
+        weights: digests of the weights as they are now; None likewise.
+    """
+    problems = []
+    for name, report in reports.items():
+        if source is not None and report["source_sha256"] != source:
+            problems.append(f"{name}: made from another source; run ci/{_script(name)} again")
+        if weights is not None and report["weights_sha256"] != weights:
+            problems.append(f"{name}: made with other weights; run ci/{_script(name)} again")
+        if report["verdict"] != ci.verdict([ci.Target(**t) for t in report["targets"]]):
+            problems.append(f"{name}: its verdict does not follow from its targets")
+    for key in SAME_IN_ALL:
+        if len({json.dumps(report[key], sort_keys=True) for report in reports.values()}) > 1:
+            problems.append(f"the reports mix different {key}: run all scripts again")
+    counts = {
+        name: (
+            report["settings"].get("num_samples"),
+            report["figures"].get("reference", {}).get("sha256"),
+        )
+        for name, report in reports.items()
+        if name in ("fid", "ablation")
+    }
+    if len(set(counts.values())) > 1:
+        problems.append("fid and ablation measured on different pictures: run both again")
+    return problems
+
+
+def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The milestone table: milestone, target, value, limit, status, remark."""
+    rows = []
+    for name, milestone in REPORTS.items():
+        report = reports.get(name)
+        if report is None:
+            rows.append((milestone, name, "", "", "SKIPPED", "no report"))
+            continue
+        for target in report["targets"]:
+            value = "" if target["value"] is None else f"{target['value']:.4g}"
+            rows.append(
+                (
+                    milestone,
+                    target["name"],
+                    value,
+                    target["limit"],
+                    target["status"],
+                    target["why"],
+                )
+            )
+    return rows
+
+
+def judge(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) -> int:
+    """The exit code: 2 for unusable reports, 1 for a missed target, else 0."""
+    if problems:
+        return ci.WRONG
+    missed = any(report["verdict"] == "MISSED" for report in reports.values())
+    return ci.MISSED if missed else ci.PASSED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
+    parser.add_argument("--output", type=Path, default=Path("results/summary.json"))
+    arguments = parser.parse_args(argv)
+    reports, problems = read_reports(arguments.results)
+    problems += find_problems(reports, source=ci.source_digest(), weights=ci.weights_digest())
+    code = judge(reports, problems)
+    rows = milestone_rows(reports)
+    ci.table(("milestone", "target", "value", "limit", "status", ""), rows)
+    counts = {s: sum(row[4] == s for row in rows) for s in ("PASS", "MISSED", "SKIPPED")}
+    words = {ci.PASSED: "PASS", ci.MISSED: "MISSED", ci.WRONG: "UNUSABLE"}
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(
+        f"\n{words[code]}: {counts['PASS']} passed, {counts['MISSED']} missed, "
+        f"{counts['SKIPPED']} SKIPPED (a skipped check is not a passed one)"
+    )
+    summary = {
+        "verdict": words[code],
+        "counts": counts,
+        "problems": problems,
+        "milestones": {REPORTS[name]: report["verdict"] for name, report in reports.items()},
+    }
+    checkpoint.write_text(arguments.output, json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(ci.run(main))

@@ -1,0 +1,1 @@
+"""The autoencoder: wavelet VAE, hybrid latent, and the model that joins them."""

@@ -1,0 +1,122 @@
+"""Lite-Hybrid: a coarse and a fine residual branch over the latent.
+
+Inspired by the hybrid tokenizer of HART (Tang et al., "HART: Efficient Visual Generation with
+Hybrid Autoregressive Transformer", 2024), which splits a latent into a part that carries the big
+picture and a residual that carries the detail. Here both parts are continuous.
+
+Shapes: B batch, Z latent channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from parscale_ear.autoencoder.blocks import ResidualBlock, conv3x3, conv_flops
+
+BRANCHES = frozenset({"coarse", "fine"})
+POOL = 4  # latent positions, each way, that one coarse position stands for
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """Widths of the two branches."""
+
+    latent_channels: int = 32  # channels of the latent that both branches read and write
+    coarse_width: int = 48  # channels at h/4 × w/4
+    fine_width: int = 64  # channels at h × w
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        for name in ("latent_channels", "coarse_width", "fine_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class CoarseBranch(nn.Module):
+    """Global context: 16×16 → 4×4 → 16×16 (elsewhere h/4 × w/4, rounded up)."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.pool = nn.Conv2d(config.latent_channels, config.coarse_width, POOL, stride=POOL)
+        self.context = ResidualBlock(config.coarse_width)
+        self.spread = nn.Conv2d(config.coarse_width, POOL * POOL * config.latent_channels, 1)
+        self.spread.weight.data.mul_(0.1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, Z, h, w) → (B, Z, h, w)."""
+        height, width = latent.shape[-2:]
+        padding = (0, -width % POOL, 0, -height % POOL)
+        if any(padding):
+            latent = F.pad(latent, padding, mode="replicate")
+        x = self.context(F.silu(self.pool(latent)))  # (B, coarse, ceil(h/4), ceil(w/4))
+        x = F.pixel_shuffle(self.spread(F.silu(x)), POOL)  # (B, Z, 4·ceil(h/4), 4·ceil(w/4))
+        return x[..., :height, :width]
+
+
+class FineBranch(nn.Module):
+    """Local residuals at latent resolution."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.expand = conv3x3(config.latent_channels, config.fine_width)
+        self.detail = ResidualBlock(config.fine_width)
+        self.project = conv3x3(config.fine_width, config.latent_channels)
+        self.project.weight.data.mul_(0.1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, Z, h, w) → (B, Z, h, w)."""
+        x = self.detail(F.silu(self.expand(latent)))  # (B, fine, h, w)
+        return self.project(F.silu(x))  # type: ignore[no-any-return]
+
+
+class HybridLatent(nn.Module):
+    """``z + coarse(z) + fine(z)``; either branch can be left out without touching weights."""
+
+    def __init__(self, config: HybridConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or HybridConfig()
+        self.coarse = CoarseBranch(self.config)
+        self.fine = FineBranch(self.config)
+
+    def forward(self, latent: Tensor, branches: Collection[str] = BRANCHES) -> Tensor:
+        """Enhances a latent.
+
+        Args:
+            latent: (B, Z, h, w), normalised.
+            branches: which branches run: any subset of ``{"coarse", "fine"}``; with none the
+                latent comes back as it is.
+
+        Returns:
+            (B, Z, h, w).
+
+        Raises:
+            ValueError: ``branches`` names something else.
+        """
+        unknown = {branches} if isinstance(branches, str) else set(branches) - BRANCHES
+        if unknown:
+            raise ValueError(
+                f"branches must be a subset of {sorted(BRANCHES)}, got {sorted(unknown)}"
+            )
+        enhanced = latent
+        if "coarse" in branches:
+            enhanced = enhanced + self.coarse(latent)
+        if "fine" in branches:
+            enhanced = enhanced + self.fine(latent)
+        return enhanced  # (B, Z, h, w)
+
+    def flops(self, height: int, width: int, branches: Collection[str] = BRANCHES) -> int:
+        """FLOPs for one latent of ``height`` × ``width`` positions (a multiply-add counts two)."""
+        count = 0
+        if "coarse" in branches:
+            count += conv_flops(self.coarse, -(-height // POOL), -(-width // POOL))
+        if "fine" in branches:
+            count += conv_flops(self.fine, height, width)
+        return count

@@ -1,0 +1,139 @@
+"""LiteVAE: a wavelet variational autoencoder, 256×256 RGB → 32×16×16 → 256×256.
+
+Shapes: B batch, H W pixels, h w latent height and width (H/16, W/16), Z latent channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parscale_ear.autoencoder.blocks import (
+    ResidualBlock,
+    Upsample,
+    conv3x3,
+    conv_flops,
+    downsample,
+)
+from parscale_ear.autoencoder.wavelet import haar_dwt, haar_idwt
+
+STRIDE = 16  # pixels a latent position stands for, each way
+PACKET_LEVELS = 2  # Haar levels between the pixels and the first (and last) convolution
+PACKET_CHANNELS = 3 * 4**PACKET_LEVELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiteVAEConfig:
+    """Widths and depths; the three stages work at 1/4, 1/8 and 1/16 of the image's side."""
+
+    latent_channels: int = 32  # channels of the Gaussian posterior
+    encoder_widths: tuple[int, int, int] = (64, 96, 128)  # channels at 1/4, 1/8, 1/16
+    encoder_blocks: tuple[int, int, int] = (1, 1, 1)  # residual blocks at 1/4, 1/8, 1/16
+    decoder_widths: tuple[int, int, int] = (64, 96, 128)  # channels at 1/4, 1/8, 1/16
+    decoder_blocks: tuple[int, int, int] = (3, 1, 1)  # residual blocks at 1/4, 1/8, 1/16
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        if self.latent_channels < 1:
+            raise ValueError(f"latent_channels must be at least 1, got {self.latent_channels}")
+        for name, least in (
+            ("encoder_widths", 1),
+            ("encoder_blocks", 0),
+            ("decoder_widths", 1),
+            ("decoder_blocks", 0),
+        ):
+            value = getattr(self, name)
+            if len(value) != 3 or any(not isinstance(n, int) or n < least for n in value):
+                raise ValueError(f"{name} must be three integers of at least {least}, got {value}")
+
+
+class LiteVAEEncoder(nn.Module):
+    """Haar sub-bands → features a level → aggregated Gaussian moments.
+
+    After Sadat et al., "LiteVAE" (NeurIPS 2024), section 3: the wavelet transform does what the
+    first stages of a convolutional encoder would do at full resolution, so no convolution runs
+    above 1/4 of the image's side. The sub-bands enter a level at a time: the two finest levels as
+    one packet (all bands, nothing lost), those of the third and fourth at their own resolution.
+    """
+
+    def __init__(self, config: LiteVAEConfig) -> None:
+        super().__init__()
+        fine, middle, coarse = config.encoder_widths
+        blocks = config.encoder_blocks
+        self.level2 = conv3x3(PACKET_CHANNELS, fine)
+        self.features2 = _blocks(fine, blocks[0])
+        self.level3 = nn.Conv2d(12, middle, kernel_size=1, bias=False)
+        self.down3 = downsample(fine, middle)
+        self.features3 = _blocks(middle, blocks[1])
+        self.level4 = nn.Conv2d(12, coarse, kernel_size=1, bias=False)
+        self.down4 = downsample(middle, coarse)
+        self.features4 = _blocks(coarse, blocks[2])
+        self.moments = conv3x3(coarse, 2 * config.latent_channels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [−1, 1] → mean and log-variance, (B, Z, h, w) each."""
+        packet = haar_dwt(images, PACKET_LEVELS)  # (B, 48, H/4, W/4)
+        bands3 = haar_dwt(packet[:, :3])  # (B, 12, H/8, W/8)
+        bands4 = haar_dwt(bands3[:, :3])  # (B, 12, h, w)
+        x = self.features2(self.level2(packet))  # (B, fine, H/4, W/4)
+        x = self.features3(self.down3(x) + self.level3(bands3))  # (B, middle, H/8, W/8)
+        x = self.features4(self.down4(x) + self.level4(bands4))  # (B, coarse, h, w)
+        mean, log_variance = self.moments(x).chunk(2, dim=1)  # (B, Z, h, w) each
+        return mean, log_variance
+
+    def flops(self, height: int, width: int) -> int:
+        """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
+        count = 0
+        for level, factor in (("2", 4), ("3", 8), ("4", 16)):
+            for name, module in self.named_children():
+                if name.endswith(level):
+                    count += conv_flops(module, height // factor, width // factor)
+        return count + conv_flops(self.moments, height // STRIDE, width // STRIDE)
+
+
+class LiteVAEDecoder(nn.Module):
+    """Latent → features at 1/16, 1/8, 1/4 → Haar sub-bands → inverse transform.
+
+    Source: Sadat et al., "LiteVAE" (NeurIPS 2024), with the last upsampling stages of its decoder
+    replaced by the inverse Haar transform.
+    """
+
+    def __init__(self, config: LiteVAEConfig) -> None:
+        super().__init__()
+        fine, middle, coarse = config.decoder_widths
+        blocks = config.decoder_blocks
+        self.latent4 = conv3x3(config.latent_channels, coarse)
+        self.features4 = _blocks(coarse, blocks[2])
+        self.up4 = Upsample(coarse, middle)
+        self.features3 = _blocks(middle, blocks[1])
+        self.up3 = Upsample(middle, fine)
+        self.features2 = _blocks(fine, blocks[0])
+        self.bands2 = conv3x3(fine, PACKET_CHANNELS)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, Z, h, w) → (B, 3, 16h, 16w), not clamped."""
+        x = self.up4(self.features4(self.latent4(latent)))  # (B, middle, 2h, 2w)
+        x = self.up3(self.features3(x))  # (B, fine, 4h, 4w)
+        packet = self.bands2(self.features2(x))  # (B, 48, 4h, 4w)
+        if torch.is_autocast_enabled(packet.device.type):
+            packet = packet.float()  # the pixels' last bits are not worth losing
+        return haar_idwt(packet, PACKET_LEVELS)  # (B, 3, 16h, 16w)
+
+    def flops(self, height: int, width: int) -> int:
+        """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
+        count = 0
+        for level, factor in (("2", 4), ("3", 8), ("4", 16)):
+            for name, module in self.named_children():
+                if name.endswith(level):
+                    count += conv_flops(module, height // factor, width // factor)
+        return count
+
+
+def _blocks(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))

@@ -1,0 +1,74 @@
+"""Pictures through the autoencoder and back: batches of 8-bit pictures, or one of any size.
+
+Shapes: N pictures, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from parscale_ear.autoencoder.hybrid import BRANCHES
+from parscale_ear.autoencoder.litevae import STRIDE
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.data.images import pad_to_multiple, to_uint8
+
+
+@torch.inference_mode()
+def reconstruct_image(model: ParScaleEAR, image: Tensor) -> Tensor:
+    """One picture of any size through the model.
+
+    The last row and column are repeated up to a multiple of 16 and cut off again.
+
+    Args:
+        model: in evaluation mode, on any device, in any dtype.
+        image: (3, H, W), FP32 in [−1, 1], on the CPU.
+
+    Returns:
+        (3, H, W), FP32 in [−1, 1], on the CPU.
+
+    Raises:
+        ValueError: the picture has NaN or infinity in it, or a wrong shape.
+    """
+    height, width = image.shape[-2:]
+    weight = next(model.parameters())
+    images = pad_to_multiple(image[None], STRIDE).to(weight.device, weight.dtype)
+    restored = model(images, clamp=True, check_finite=True)  # (1, 3, H', W')
+    return restored[0, :, :height, :width].float().cpu()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def reconstruct_pictures(
+    model: ParScaleEAR,
+    pictures: Tensor,
+    *,
+    branches: Collection[str] = BRANCHES,
+    autocast: torch.dtype | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """8-bit pictures through the model and back to 8 bits, as PNG files would hold them.
+
+    Args:
+        model: on any device, in any dtype.
+        pictures: (N, 3, H, W), 8-bit, on the CPU; H and W multiples of 16.
+        branches: which branches of the hybrid run.
+        autocast: run under autocast in this dtype; None: in the model's own dtype.
+        batch_size: pictures at a time.
+        progress: called with the number of pictures done after each batch.
+
+    Returns:
+        (N, 3, H, W), 8-bit, on the CPU.
+    """
+    weight = next(model.parameters())
+    restored = []
+    for part in torch.split(pictures, batch_size):
+        images = part.to(weight.device).float().div(127.5).sub(1.0)  # (B, 3, H, W)
+        images = images.to(weight.dtype, memory_format=torch.channels_last)
+        with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
+            restored.append(to_uint8(model(images, branches=branches)).cpu())
+        if progress is not None:
+            progress(len(part))
+    return torch.cat(restored)  # (N, 3, H, W)

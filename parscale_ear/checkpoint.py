@@ -1,0 +1,160 @@
+"""Safetensors in and out: config in the header, SHA-256 checked, written atomically, no pickles.
+
+A file is an ordinary safetensors file. Its metadata holds one JSON object under the key
+``parscale_ear``::
+
+    {"format": 1, "kind": "ParScaleEAR", "config": {...}, "sha256": "...", ...}
+
+``sha256`` is taken over the rest of the header and every tensor (name, dtype, shape, bytes; sorted
+by name), so that a changed header or a changed weight is noticed. A damaged or foreign file raises
+:class:`CheckpointError` with one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+HEADER = "parscale_ear"
+
+
+class CheckpointError(Exception):
+    """A weight file that cannot be used; the message is one line and names the file."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that takes its place when the block succeeds.
+
+    The file appears whole or not at all: an exception removes the temporary file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The raw bytes of a tensor, row-major, on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def digest(tensors: Mapping[str, Tensor], *facts: Any) -> str:
+    """SHA-256 over ``facts`` (as JSON) and every tensor's name, dtype, shape and bytes."""
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    **facts: Any,
+) -> str:
+    """Writes tensors and config as one safetensors file, atomically.
+
+    Args:
+        path: the file; missing folders are made.
+        tensors: what to store, any dtype.
+        kind: the class that can read the file.
+        config: its JSON-serialisable config.
+        facts: further JSON-serialisable header entries (recipe, figures, fingerprint ...).
+
+    Returns:
+        The SHA-256 that the header carries.
+    """
+    header = {**facts, "format": FORMAT, "kind": kind, "config": config}
+    header = json.loads(json.dumps(header))
+    header["sha256"] = digest(tensors, header)
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata={HEADER: json.dumps(header)})
+    return str(header["sha256"])
+
+
+def load(
+    path: str | os.PathLike[str], *, kind: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file that :func:`save` wrote.
+
+    Args:
+        path: the file.
+        kind: the kind it must be of; None takes any.
+
+    Returns:
+        The tensors, on the CPU in their stored dtype, and the header.
+
+    Raises:
+        CheckpointError: missing, truncated, foreign, of another kind or format, or changed
+            since it was written.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weight file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({reason}); download it again"
+        ) from error
+    header = _header(path, metadata)
+    if kind is not None and header["kind"] != kind:
+        raise CheckpointError(f"{path}: holds a {header['kind']}, expected a {kind}")
+    content = {key: value for key, value in header.items() if key != "sha256"}
+    if digest(tensors, content) != header["sha256"]:
+        raise CheckpointError(
+            f"{path}: its SHA-256 does not match its content, so it was changed after it was "
+            "written; download it again"
+        )
+    return tensors, header
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if HEADER not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not one of parscale_ear's")
+    try:
+        header = json.loads(metadata[HEADER])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not JSON; download it again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise CheckpointError(
+            f"{path}: format {found}, this version reads format {FORMAT}; update parscale_ear"
+        )
+    for key, expected in (("kind", str), ("config", dict), ("sha256", str)):
+        if not isinstance(header.get(key), expected):
+            raise CheckpointError(f"{path}: its header lacks {key!r}; download it again")
+    return header

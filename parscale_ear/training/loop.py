@@ -1,0 +1,301 @@
+"""One training loop for every model: resumable, averaged, logged.
+
+A :class:`Task` says what is trained, what a step's loss is and how to validate. The loop knows
+about time, optimizer, precision, weight averaging, checkpoints and logs. Everything random in a
+step is a function of the seed and the step's number, so that a run killed at any moment goes on
+from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from tqdm import tqdm
+
+from parscale_ear import checkpoint
+from parscale_ear.training.optimizer import build_optimizer
+
+Precision = Literal["bf16", "fp16", "fp32"]
+CHECKPOINT_FILE = "checkpoint.safetensors"
+LOG_FILE = "log.jsonl"
+
+
+class TrainingError(Exception):
+    """A training that cannot start or go on; the message is one line."""
+
+
+class Task(Protocol):
+    """What the loop trains."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained and averaged; frozen parameters do not require a gradient."""
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step (a scalar) and further scalars to log; runs under autocast."""
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Figures of the averaged weights; may write pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Length, optimizer and bookkeeping of one run."""
+
+    minutes: float | None = None  # length in minutes of wall clock, or ...
+    steps: int | None = None  # ... in steps; exactly one of the two
+    learning_rate: float = 2e-3  # peak
+    warmup_steps: int = 100  # linear rise from 0
+    final_rate: float = 0.01  # the last rate as a fraction of the peak (cosine between)
+    weight_average: float = 0.999  # decay of the exponential moving average, a step
+    clip_norm: float = 1.0  # limit of the gradient's norm
+    precision: Precision = "bf16"  # autocast dtype; fp32: no autocast
+    log_steps: int = 50  # steps between lines of the log
+    checkpoint_minutes: float = 4.0  # between checkpoints
+    validate_minutes: float = 10.0  # between validations
+
+    def __post_init__(self) -> None:
+        """Checks the length.
+
+        Raises:
+            ValueError: not exactly one of ``minutes`` and ``steps``, or one not above 0.
+        """
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("give either minutes or steps")
+        length = self.minutes if self.steps is None else self.steps
+        if length is None or length <= 0:
+            raise ValueError(f"the length of a training must be above 0, got {length}")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in its checkpoint."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # wall clock spent, over all sessions
+
+    def fraction(self, config: LoopConfig) -> float:
+        """0 at the start, 1 at the end."""
+        if config.steps is not None:
+            return min(1.0, self.step / config.steps)
+        assert config.minutes is not None
+        return min(1.0, self.seconds / (60 * config.minutes))
+
+
+def learning_rate(config: LoopConfig, progress: Progress) -> float:
+    """Linear warm-up, then a cosine from the peak to ``final_rate`` of it."""
+    warmup = min(1.0, (progress.step + 1) / config.warmup_steps)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * progress.fraction(config))
+    return config.learning_rate * warmup * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+class Run:
+    """One training run and its folder."""
+
+    def __init__(self, task: Task, config: LoopConfig, out: Path, *, resume: bool = False) -> None:
+        """Prepares a run, or takes up an earlier one.
+
+        Args:
+            task: what to train.
+            config: how.
+            out: the run's folder; gets checkpoint and log.
+            resume: go on from the checkpoint in ``out`` if there is one.
+
+        Raises:
+            TrainingError: ``out`` holds a run and ``resume`` is false, or its checkpoint is
+                another model's.
+            CheckpointError: the checkpoint is damaged.
+        """
+        self.task, self.config, self.out = task, config, out
+        self.progress = Progress()
+        self.average = copy.deepcopy(task.model).eval()
+        self.device = next(task.model.parameters()).device
+        trained = [p for p in task.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(trained, config.learning_rate)
+        self.scaler = GradScaler(
+            self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
+        )
+        self._clock = time.monotonic()
+        path = out / CHECKPOINT_FILE
+        if path.exists() and not resume:
+            raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
+        if path.exists():
+            self._restore(path)
+        out.mkdir(parents=True, exist_ok=True)
+        _truncate_log(out / LOG_FILE, self.progress.step)
+
+    # --- training ---
+
+    def train(self) -> bool:
+        """Trains to the end.
+
+        Returns:
+            True when the end was reached, False when SIGINT or SIGTERM stopped it (a checkpoint
+            is written either way).
+        """
+        config, progress = self.config, self.progress
+        self._clock = time.monotonic() - progress.seconds
+        saved = validated = progress.seconds
+        length = config.steps or int(60 * (config.minutes or 0)) or 1
+        with _stop_signal() as stop, self._bar(length) as bar:
+            while progress.fraction(config) < 1 and not stop.is_set():
+                figures = self._step()
+                progress.step += 1
+                progress.seconds = time.monotonic() - self._clock
+                done = progress.step if config.steps else int(progress.seconds)
+                bar.n = min(length, done)
+                bar.set_postfix(step=progress.step, refresh=False)
+                bar.update(0)
+                if progress.step % config.log_steps == 0:
+                    self._log({name: float(value) for name, value in figures.items()})
+                if progress.seconds - validated >= 60 * config.validate_minutes:
+                    validated = progress.seconds
+                    self._log(self.task.validate(self.average, progress.step))
+                if progress.seconds - saved >= 60 * config.checkpoint_minutes:
+                    saved = progress.seconds
+                    self.save()
+            progress.seconds = time.monotonic() - self._clock
+            self.save()
+        finished = progress.fraction(config) >= 1
+        if finished:
+            self._log({"finished": True, **self.task.validate(self.average, progress.step)})
+        return finished
+
+    def _step(self) -> dict[str, Tensor | float]:
+        rate = learning_rate(self.config, self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=self.config.precision != "fp32"):
+            loss, figures = self.task.loss(self.progress.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        step = self.progress.step
+        decay = min(self.config.weight_average, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.task.model.parameters()), 1 - decay
+            )
+        return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": rate, **figures}
+
+    def _bar(self, length: int) -> tqdm[NoReturn]:
+        initial = self.progress.step if self.config.steps else int(self.progress.seconds)
+        unit = "step" if self.config.steps else "s"
+        return tqdm(
+            total=length, initial=min(initial, length), unit=unit, desc=self.out.name, mininterval=2
+        )
+
+    def _log(self, figures: dict[str, Any]) -> None:
+        line = {
+            "step": self.progress.step,
+            "minutes": round(self.progress.seconds / 60, 3),
+            **figures,
+        }
+        bad = [name for name, value in figures.items() if not math.isfinite(float(value))]
+        if "loss" in bad:
+            raise TrainingError(
+                f"the loss became {figures['loss']} at step {self.progress.step}; go back to the "
+                "last checkpoint with --resume and a lower --learning-rate"
+            )
+        with open(self.out / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Writes the whole state, atomically."""
+        state = self.optimizer.state_dict()
+        tensors = {f"model.{k}": v for k, v in self.task.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        scalars: dict[str, Any] = {}
+        for index, entries in state["state"].items():
+            for name, value in entries.items():
+                key = f"optimizer.{index}.{name}"
+                (tensors if isinstance(value, Tensor) else scalars)[key] = value
+        checkpoint.save(
+            self.out / CHECKPOINT_FILE,
+            tensors,
+            kind="TrainingRun",
+            config=asdict(self.config),
+            progress=asdict(self.progress),
+            optimizer_scalars=scalars,
+            scaler=self.scaler.state_dict(),
+        )
+
+    def _restore(self, path: Path) -> None:
+        tensors, header = checkpoint.load(path, kind="TrainingRun")
+        try:
+            for prefix, model in (("model.", self.task.model), ("average.", self.average)):
+                model.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                )
+        except RuntimeError as error:
+            raise TrainingError(
+                f"{path}: holds the run of another model; name a new folder"
+            ) from error
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in {**tensors, **header["optimizer_scalars"]}.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                entries.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.scaler.load_state_dict(header["scaler"])
+        self.progress = Progress(**header["progress"])
+
+
+def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line that was cut off is left out."""
+    path = Path(folder) / LOG_FILE
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint that a run goes on from."""
+    lines = [line for line in read_log(path.parent) if line["step"] <= step]
+    checkpoint.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a step is never cut in half."""
+    event = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
