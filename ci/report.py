@@ -206,7 +206,11 @@ def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
         )
 
     compared = latency["figures"]["against_autoencoder_tiny"]
+    counts = sanity["figures"]["parameters"]
     lines = [
+        f"Parameters: encoder {counts['encoder']:,}, hybrid {counts['hybrid']:,}, "
+        f"decoder {counts['decoder']:,}, together {counts['total']:,}.",
+        "",
         "**Milestones**",
         "",
         _markdown(

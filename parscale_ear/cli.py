@@ -167,8 +167,8 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--crop", type=int, default=128, help="side in the first stage (default 128)"
     )
     model.add_argument("--final-crop", type=int, default=256, help="side later (default 256)")
-    model.add_argument("--learning-rate", type=float, default=4e-3)
-    model.add_argument("--decoder-rate", type=float, default=2e-3)
+    model.add_argument("--learning-rate", type=float, default=1e-3)
+    model.add_argument("--decoder-rate", type=float, default=7e-4)
     model.add_argument("--kl-weight", type=float, default=1e-4)
     model.add_argument("--seed", type=int, default=0)
     model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")

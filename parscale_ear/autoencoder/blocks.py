@@ -5,7 +5,9 @@ Shapes: B batch, C channels, H W height and width of the feature map.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional as F
 
 
@@ -52,6 +54,12 @@ class Upsample(nn.Module):
 def downsample(inputs: int, outputs: int) -> nn.Conv2d:
     """Halves height and width: a 2×2 convolution with stride 2."""
     return nn.Conv2d(inputs, outputs, kernel_size=2, stride=2)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x`` (devices without autocast: never)."""
+    kind = x.device.type
+    return is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def conv_flops(module: nn.Module, height: int, width: int) -> int:

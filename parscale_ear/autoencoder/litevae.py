@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from parscale_ear.autoencoder.blocks import (
     ResidualBlock,
     Upsample,
+    autocasts,
     conv3x3,
     conv_flops,
     downsample,
@@ -121,7 +121,7 @@ class LiteVAEDecoder(nn.Module):
         x = self.up4(self.features4(self.latent4(latent)))  # (B, middle, 2h, 2w)
         x = self.up3(self.features3(x))  # (B, fine, 4h, 4w)
         packet = self.bands2(self.features2(x))  # (B, 48, 4h, 4w)
-        if torch.is_autocast_enabled(packet.device.type):
+        if autocasts(packet):
             packet = packet.float()  # the pixels' last bits are not worth losing
         return haar_idwt(packet, PACKET_LEVELS)  # (B, 3, 16h, 16w)
 
@@ -133,6 +133,28 @@ class LiteVAEDecoder(nn.Module):
                 if name.endswith(level):
                     count += conv_flops(module, height // factor, width // factor)
         return count
+
+
+class LiteVAE(nn.Module):
+    """Encoder and decoder with nothing between them, on the latent as the encoder gives it.
+
+    ``ParScaleEAR`` adds normalisation, the hybrid, checks and files.
+    """
+
+    def __init__(self, config: LiteVAEConfig | None = None) -> None:
+        super().__init__()
+        config = config or LiteVAEConfig()
+        self.encoder = LiteVAEEncoder(config)
+        self.decoder = LiteVAEDecoder(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [−1, 1] → (B, 3, H, W), from the posterior's mean, not clamped."""
+        mean, _ = self.encoder(images)  # (B, Z, h, w)
+        return self.decoder(mean)  # type: ignore[no-any-return]
+
+    def flops(self, height: int = 256, width: int = 256) -> int:
+        """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only)."""
+        return self.encoder.flops(height, width) + self.decoder.flops(height, width)
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

@@ -14,16 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parscale_ear import checkpoint
+from parscale_ear.autoencoder.blocks import autocasts
 from parscale_ear.autoencoder.hybrid import BRANCHES, HybridConfig, HybridLatent
-from parscale_ear.autoencoder.litevae import (
-    STRIDE,
-    LiteVAEConfig,
-    LiteVAEDecoder,
-    LiteVAEEncoder,
-)
+from parscale_ear.autoencoder.litevae import STRIDE, LiteVAE, LiteVAEConfig
 
 Variant = Literal["hybrid", "baseline"]
 WEIGHTS_FILE = "model.safetensors"
@@ -117,7 +113,7 @@ class LatentPosterior:
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
-class ParScaleEAR(nn.Module):
+class ParScaleEAR(LiteVAE):
     """The autoencoder: 256×256 RGB → 32×16×16 → 256×256, 1.8 M parameters.
 
     Images are (B, 3, H, W) in [−1, 1], H and W multiples of 16; latents are (B, 32, H/16, W/16).
@@ -134,16 +130,18 @@ class ParScaleEAR(nn.Module):
     latent_std: Tensor
 
     def __init__(self, config: ParScaleEARConfig | None = None) -> None:
-        """Builds the model with fresh weights in FP32 on the CPU.
+        """Builds the model with fresh weights in FP32 on the CPU, channels-last.
 
         Args:
             config: sizes and normalisation; the default is the shipped model's.
         """
-        super().__init__()
-        self.config = config or ParScaleEARConfig()
-        self.encoder = LiteVAEEncoder(self.config.litevae)
-        self.hybrid = None if self.config.hybrid is None else HybridLatent(self.config.hybrid)
-        self.decoder = LiteVAEDecoder(self.config.litevae)
+        config = config or ParScaleEARConfig()
+        super().__init__(config.litevae)
+        self.config = config
+        self.hybrid = None if config.hybrid is None else HybridLatent(config.hybrid)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:  # as the kernels want it; activations follow
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         channels = self.config.litevae.latent_channels
         for name, values, default in (
             ("latent_mean", self.config.latent_mean, 0.0),
@@ -253,8 +251,7 @@ class ParScaleEAR(nn.Module):
             raise ValueError(
                 f"{name} must be on the model's device, {weight.device}, got {x.device}"
             )
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
+        if not x.is_floating_point() or (x.dtype != weight.dtype and not autocasts(x)):
             raise ValueError(
                 f"{name} must have the model's dtype, {weight.dtype} (or any floating dtype under "
                 f"torch.autocast), got {x.dtype}"
@@ -278,7 +275,7 @@ class ParScaleEAR(nn.Module):
 
     def flops(self, height: int = 256, width: int = 256) -> int:
         """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only)."""
-        count = self.encoder.flops(height, width) + self.decoder.flops(height, width)
+        count = super().flops(height, width)
         if self.hybrid is not None:
             count += self.hybrid.flops(height // STRIDE, width // STRIDE)
         return count
@@ -299,6 +296,7 @@ class ParScaleEAR(nn.Module):
         path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
+        encoder_in: str | None = None,
         **facts: Any,
     ) -> Path:
         """Writes weights and config.
@@ -306,6 +304,8 @@ class ParScaleEAR(nn.Module):
         Args:
             path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
             dtype: store the weights in this dtype instead of the model's own.
+            encoder_in: leave the encoder out, as the file of this name in the same folder has it
+                (several decoders of one latent space then share one copy).
             facts: further JSON-serialisable header entries (recipe, figures ...).
 
         Returns:
@@ -317,6 +317,7 @@ class ParScaleEAR(nn.Module):
         tensors = {
             name: tensor if dtype is None else tensor.to(dtype)
             for name, tensor in self.state_dict().items()
+            if encoder_in is None or not name.startswith("encoder.")
         }
         checkpoint.save(
             path,
@@ -324,6 +325,7 @@ class ParScaleEAR(nn.Module):
             kind=type(self).__name__,
             config=asdict(self.config),
             latent_fingerprint=self.latent_fingerprint(),
+            encoder_in=encoder_in,
             **facts,
         )
         return path
@@ -356,6 +358,8 @@ class ParScaleEAR(nn.Module):
         if path.is_dir():
             path = path / WEIGHTS_FILE
         tensors, header = checkpoint.load(path, kind=cls.__name__)
+        if header.get("encoder_in") is not None:
+            tensors |= _encoder_of(path, header)
         try:
             model = cls(ParScaleEARConfig.from_dict(header["config"]))
             model.load_state_dict(tensors)
@@ -365,15 +369,23 @@ class ParScaleEAR(nn.Module):
         device = torch.device(device or "cpu")
         if dtype is None:
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return channels_last(model).to(device, dtype).eval()
+        return model.to(device, dtype).eval()
 
 
-def channels_last(model: ParScaleEAR) -> ParScaleEAR:
-    """Lays the convolutions' weights out as the kernels want them; returns the model."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
+def _encoder_of(path: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoder that a file without one shares with its neighbour.
+
+    Raises:
+        CheckpointError: the neighbour is missing or damaged, or of another latent space.
+    """
+    neighbour = path.with_name(Path(str(header["encoder_in"])).name)
+    tensors, other = checkpoint.load(neighbour, kind=str(header["kind"]))
+    if other.get("latent_fingerprint") != header.get("latent_fingerprint"):
+        raise checkpoint.CheckpointError(
+            f"{path}: decodes another latent space than the encoder in {neighbour} makes; "
+            "both files must come from one release"
+        )
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
 
 
 def shipped_weights(variant: Variant = "hybrid") -> Path:

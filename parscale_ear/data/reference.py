@@ -110,11 +110,18 @@ def wheel_reference(count: int = 256) -> ReferenceSet:
         raise ValueError(f"at least 2 crops are needed, got {count}")
     photographs = wheel_photographs()
     scenes = sorted({scene for scene, _ in photographs})
-    pictures, clusters, names = [], [], []
+    generators = [np.random.default_rng([0, which]) for which in range(len(photographs))]
+    pictures: list[Tensor] = []
+    clusters: list[int] = []
+    names: list[str] = []
+    taken: set[tuple[int, str]] = set()
     for index in range(count):
-        turn, which = divmod(index, len(photographs))
+        which = index % len(photographs)
         scene, photograph = photographs[which]
-        crop, position = _crop(photograph, np.random.default_rng([which, turn]))
+        crop, position = _crop(photograph, generators[which])
+        while (which, position) in taken:  # a square photograph has one crop at the smallest scale
+            crop, position = _crop(photograph, generators[which])
+        taken.add((which, position))
         pictures.append(to_uint8(picture_to_tensor(crop)))
         clusters.append(scenes.index(scene))
         names.append(f"{scene} {position}")

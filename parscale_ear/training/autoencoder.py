@@ -16,7 +16,7 @@ A run's folder::
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.hybrid import HybridConfig
-from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig, channels_last
+from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import (
@@ -63,8 +63,8 @@ class Recipe:
     batch: int = 32  # crops a step in stage vae
     crop: int = 128  # side of a crop in stage vae, pixels
     final_crop: int = 256  # side of a crop in the other stages; a step holds as many pixels
-    learning_rate: float = 4e-3  # peak in stage vae
-    decoder_rate: float = 2e-3  # peak in the other stages
+    learning_rate: float = 1e-3  # peak in stage vae
+    decoder_rate: float = 7e-4  # peak in the other stages
     kl_weight: float = 1e-4  # of the mean KL an element, in nats
     seed: int = 0  # of weights, crops and noise
     precision: Precision = "bf16"  # autocast dtype
@@ -86,6 +86,15 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         self.loop("vae")  # checks the length
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of ``dataclasses.asdict``, also after a trip through JSON."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**fields)
 
     def loop(self, stage: str) -> LoopConfig:
         """The loop of one stage."""
@@ -170,15 +179,18 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         TrainingError: ``out`` holds a run and ``resume`` is false, or it holds another recipe's.
         ImageError: there are no usable pictures.
     """
-    _claim(recipe, out, resume)
+    _check_claim(recipe, out, resume)
     training, validation = _split(recipe)
     pictures = _load(validation)
-    for stage in STAGES:
+    stages = [stage for stage in STAGES if not (out / f"{stage}.safetensors").exists()]
+    # All mistakes in the pictures show now, before anything is written.
+    sides = {recipe.crops(stage)[0] for stage in stages}
+    sources = {side: RandomCrops(training, side=side, seed=recipe.seed) for side in sorted(sides)}
+    checkpoint.write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
+    for stage in stages:
         weights = out / f"{stage}.safetensors"
-        if weights.exists():
-            continue
         side, batch = recipe.crops(stage)
-        crops = RandomCrops(training, side=side, seed=recipe.seed)
+        crops = sources[side]
         torch.manual_seed(recipe.seed)
         model = _prepare(stage, out, crops, batch, recipe)
         folder = out / stage
@@ -194,13 +206,12 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     return True
 
 
-def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Writes the recipe, or checks that the folder's is the same."""
+def _check_claim(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Checks that the folder is free, or holds a run of the same recipe."""
     path = out / "recipe.json"
-    asked = json.loads(json.dumps(asdict(recipe)))
     if not path.exists():
-        checkpoint.write_text(path, json.dumps(asked, indent=1) + "\n")
         return
+    asked = json.loads(json.dumps(asdict(recipe)))
     if not resume:
         raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -231,7 +242,7 @@ def _prepare(stage: str, out: Path, crops: RandomCrops, batch: int, recipe: Reci
     device = torch.device(recipe.device)
     if stage == "vae":
         model = ParScaleEAR(ParScaleEARConfig(hybrid=None))
-        return channels_last(model).to(device).train()
+        return model.to(device).train()
     vae = ParScaleEAR.from_pretrained(out / "vae.safetensors", device=device, dtype=torch.float32)
     mean, std = latent_statistics(vae, crops, batch)
     config = replace(
@@ -244,7 +255,7 @@ def _prepare(stage: str, out: Path, crops: RandomCrops, batch: int, recipe: Reci
     model.encoder.load_state_dict(vae.encoder.state_dict())
     model.decoder.load_state_dict(vae.decoder.state_dict())
     model.encoder.requires_grad_(False)
-    return channels_last(model).to(device).train()
+    return model.to(device).train()
 
 
 @torch.inference_mode()

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parscale_ear.autoencoder.hybrid import HybridConfig, HybridLatent
+
+
+@pytest.fixture
+def hybrid() -> HybridLatent:
+    return HybridLatent(HybridConfig(latent_channels=4, coarse_width=8, fine_width=8))
+
+
+def test_is_the_sum_of_its_branches(hybrid: HybridLatent) -> None:
+    latent = torch.randn(2, 4, 16, 16)
+    coarse, fine = hybrid.coarse(latent), hybrid.fine(latent)
+    torch.testing.assert_close(hybrid(latent), latent + coarse + fine)
+    torch.testing.assert_close(hybrid(latent, {"coarse"}), latent + coarse)
+    torch.testing.assert_close(hybrid(latent, ["fine"]), latent + fine)
+    assert torch.equal(hybrid(latent, ()), latent)
+
+
+@pytest.mark.parametrize("branches", ["coarse", {"coars"}, ["fine", "both"]])
+def test_refuses_unknown_branches(hybrid: HybridLatent, branches: object) -> None:
+    with pytest.raises(ValueError, match=r"subset of \['coarse', 'fine'\]"):
+        hybrid(torch.zeros(1, 4, 8, 8), branches)
+
+
+def test_the_coarse_branch_sees_far_and_the_fine_one_near(hybrid: HybridLatent) -> None:
+    latent = torch.zeros(1, 4, 32, 32)
+    touched = latent.clone()
+    touched[..., 0, 0] = 1.0
+    for branch, reach in ((hybrid.coarse, 12), (hybrid.fine, 5)):
+        changed = (branch(touched) - branch(latent)).abs().amax(dim=(0, 1)) > 1e-9
+        rows = changed.any(dim=1).nonzero()
+        assert rows.max().item() + 1 == reach
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (4, 6), (16, 16)])
+def test_any_latent_size(hybrid: HybridLatent, size: tuple[int, int]) -> None:
+    latent = torch.randn(1, 4, *size)
+    assert hybrid(latent).shape == latent.shape
+
+
+@pytest.mark.parametrize("field", ["latent_channels", "coarse_width", "fine_width"])
+def test_config_names_the_bad_field(field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        HybridConfig(**{field: 0})

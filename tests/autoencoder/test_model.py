@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from parscale_ear.autoencoder.litevae import LiteVAE, LiteVAEConfig
+from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig, shipped_weights
+from parscale_ear.checkpoint import CheckpointError
+
+KEYS = Path(__file__).with_name("state_dict_keys.txt")
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape) * 2 - 1
+
+
+class TestShapes:
+    @pytest.mark.parametrize("size", [(16, 16), (48, 80), (256, 256)])
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_any_multiple_of_16(self, tiny: ParScaleEAR, size: tuple[int, int], batch: int) -> None:
+        height, width = size
+        x = images(batch, 3, height, width)
+        posterior = tiny.encode(x)
+        expected = (batch, 4, height // 16, width // 16)
+        assert posterior.mean.shape == expected
+        assert posterior.sample().shape == expected
+        assert posterior.kl().shape == expected
+        assert tiny(x).shape == x.shape
+
+    def test_forward_is_the_way_by_hand(self, tiny: ParScaleEAR) -> None:
+        x = images(2, 3, 64, 64)
+        by_hand = tiny.decode(tiny.enhance(tiny.encode(x).mode()))
+        assert torch.equal(tiny(x), by_hand)
+        assert torch.equal(tiny(x, clamp=True), by_hand.clamp(-1, 1))
+
+    def test_clamps_only_when_asked(self, tiny: ParScaleEAR) -> None:
+        latent = torch.randn(1, 4, 4, 4) * 1000
+        assert tiny.decode(latent).abs().max() > 1
+        assert tiny.decode(latent, clamp=True).abs().max() <= 1
+
+    def test_the_batch_does_not_matter(self, tiny: ParScaleEAR) -> None:
+        x = images(3, 3, 64, 64)
+        torch.testing.assert_close(tiny(x)[1:2], tiny(x[1:2]), atol=1e-5, rtol=1e-5)
+
+    def test_without_hybrid_and_normalisation_it_is_the_litevae(self, tiny: ParScaleEAR) -> None:
+        config = ParScaleEARConfig(litevae=tiny.config.litevae, hybrid=None)
+        model, litevae = ParScaleEAR(config), LiteVAE(tiny.config.litevae)
+        litevae.load_state_dict(model.state_dict())
+        x = images(2, 3, 64, 64)
+        torch.testing.assert_close(model(x), litevae(x), atol=1e-6, rtol=1e-5)
+        assert model.flops(64, 64) == litevae.flops(64, 64)
+
+    def test_without_hybrid_enhance_hands_on(self) -> None:
+        model = ParScaleEAR(ParScaleEARConfig(hybrid=None))
+        latent = torch.randn(1, 32, 2, 2)
+        assert model.enhance(latent) is latent
+
+
+class TestPosterior:
+    def test_normalisation_moves_latents_not_pictures(self, tiny: ParScaleEAR) -> None:
+        plain = ParScaleEAR(
+            ParScaleEARConfig(litevae=tiny.config.litevae, hybrid=tiny.config.hybrid)
+        )
+        plain.load_state_dict(tiny.state_dict())
+        x = images(2, 3, 64, 64)
+        ours, raw = tiny.encode(x), plain.encode(x)
+        torch.testing.assert_close(ours.mean * tiny.latent_std + tiny.latent_mean, raw.mean)
+        torch.testing.assert_close(ours.kl(), raw.kl(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tiny.decode(ours.mode()), plain.decode(raw.mode()), atol=1e-5, rtol=1e-4
+        )
+
+    def test_kl_equals_pytorch(self, tiny: ParScaleEAR) -> None:
+        posterior = tiny.encode(images(1, 3, 64, 64))
+        mean = posterior.mean * tiny.latent_std + tiny.latent_mean
+        deviation = (0.5 * posterior.log_variance).exp() * tiny.latent_std
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Normal(mean, deviation), torch.distributions.Normal(0.0, 1.0)
+        )
+        torch.testing.assert_close(posterior.kl(), expected, atol=1e-5, rtol=1e-4)
+
+    def test_samples_have_the_stated_moments(self, tiny: ParScaleEAR) -> None:
+        posterior = tiny.encode(images(1, 3, 16, 16).expand(20_000, -1, -1, -1))
+        sample = posterior.sample(torch.Generator().manual_seed(1))
+        torch.testing.assert_close(sample.mean(0), posterior.mean[0], atol=0.05, rtol=0)
+        deviation = (0.5 * posterior.log_variance[0]).exp()
+        torch.testing.assert_close(sample.std(0), deviation, atol=0, rtol=0.03)
+
+    def test_a_generator_decides_the_sample(self, tiny: ParScaleEAR) -> None:
+        posterior = tiny.encode(images(1, 3, 32, 32))
+        first, second, other = (
+            posterior.sample(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.zeros(3, 32, 32), r"shape \(B, 3, height, width\), got \(3, 32, 32\)"),
+            (torch.zeros(1, 4, 32, 32), r"got \(1, 4, 32, 32\)"),
+            (torch.zeros(1, 3, 30, 32), r"multiples of 16.*got \(1, 3, 30, 32\)"),
+            (torch.zeros(0, 3, 32, 32), "batch of at least 1"),
+            (torch.zeros(1, 3, 32, 32).half(), r"torch\.float32.*got torch\.float16"),
+            (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"got torch\.uint8"),
+            (torch.zeros(1, 3, 32, 32, device="meta"), "device, cpu, got meta"),
+        ],
+    )
+    def test_says_what_came(self, tiny: ParScaleEAR, x: torch.Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            tiny(x)
+
+    def test_latents_are_checked_too(self, tiny: ParScaleEAR) -> None:
+        for call in (tiny.enhance, tiny.decode):
+            with pytest.raises(ValueError, match=r"latent must have shape \(B, 4"):
+                call(torch.zeros(1, 5, 2, 2))
+
+    def test_integers_are_refused_under_autocast(self, tiny: ParScaleEAR) -> None:
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ValueError, match="floating"),
+        ):
+            tiny(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
+
+    def test_finiteness_only_when_asked(self, tiny: ParScaleEAR) -> None:
+        x = torch.full((1, 3, 32, 32), float("nan"))
+        tiny(x)
+        with pytest.raises(ValueError, match="finite"):
+            tiny(x, check_finite=True)
+
+    def test_checks_read_metadata_alone(self, tiny: ParScaleEAR) -> None:
+        # A meta tensor has no values: whatever looks at one raises NotImplementedError.
+        model = tiny.to("meta")
+        assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 3, 32, 32)
+        with pytest.raises(ValueError, match="multiples of 16"):
+            model(torch.empty(2, 3, 33, 32, device="meta"))
+
+    @pytest.mark.parametrize(
+        ("fields", "name"),
+        [
+            ({"latent_mean": (0.0,)}, "latent_mean"),
+            ({"latent_std": (0.0,) * 32}, "latent_std"),
+            ({"litevae": LiteVAEConfig(latent_channels=8)}, "latent_channels"),
+        ],
+    )
+    def test_config_names_the_bad_field(self, fields: dict[str, object], name: str) -> None:
+        with pytest.raises(ValueError, match=name):
+            ParScaleEARConfig(**fields)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("latent_channels", 0), ("encoder_widths", (1, 2)), ("decoder_blocks", (1, -1, 1))],
+    )
+    def test_litevae_config_names_the_bad_field(self, field: str, value: object) -> None:
+        with pytest.raises(ValueError, match=field):
+            LiteVAEConfig(**{field: value})  # type: ignore[arg-type]
+
+
+class TestCost:
+    def test_parameters(self) -> None:
+        counts = ParScaleEAR().parameter_count()
+        assert counts["encoder"] + counts["decoder"] == pytest.approx(1_600_000, rel=0.05)
+        assert counts["hybrid"] == pytest.approx(200_000, rel=0.05)
+        assert counts["total"] == sum(p.numel() for p in ParScaleEAR().parameters())
+
+    @pytest.mark.parametrize("size", [(256, 256), (64, 144)])
+    @pytest.mark.parametrize("with_hybrid", [True, False])
+    def test_flops_equal_pytorch(self, size: tuple[int, int], with_hybrid: bool) -> None:
+        config = ParScaleEARConfig() if with_hybrid else ParScaleEARConfig(hybrid=None)
+        model = ParScaleEAR(config).to("meta")
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, *size, device="meta"))
+        assert model.flops(*size) == counter.get_total_flops()
+
+    def test_one_image_takes_at_most_4_5_gflop(self) -> None:
+        assert ParScaleEAR().flops(256, 256) <= 4.5e9
+
+    def test_every_parameter_gets_a_gradient(self) -> None:
+        model = ParScaleEAR()
+        x = images(2, 3, 128, 128)
+        posterior = model.encode(x)
+        restored = model.decode(model.enhance(posterior.sample()))
+        ((restored - x).square().mean() + posterior.kl().mean()).backward()
+        without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert without == []
+
+
+class TestFiles:
+    def test_parameter_names_are_pinned(self) -> None:
+        names = [f"{k} {tuple(v.shape)}" for k, v in ParScaleEAR().state_dict().items()]
+        assert names == KEYS.read_text().splitlines()
+        assert {name.split(".")[0] for name in names} == {"encoder", "hybrid", "decoder"}
+
+    def test_save_and_load_give_the_same_bits(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
+        path = tiny.save_pretrained(tmp_path / "run", note="ours")
+        assert path == tmp_path / "run" / "model.safetensors"
+        x = images(1, 3, 64, 64)
+        for source in (path, tmp_path / "run"):
+            loaded = ParScaleEAR.from_pretrained(source)
+            assert loaded.config == tiny.config
+            assert not loaded.training
+            assert torch.equal(loaded(x), tiny(x))
+            assert loaded.latent_fingerprint() == tiny.latent_fingerprint()
+
+    def test_dtype_and_device(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
+        path = tiny.save_pretrained(tmp_path, dtype=torch.float16)
+        assert next(ParScaleEAR.from_pretrained(path).parameters()).dtype == torch.float32
+        half = ParScaleEAR.from_pretrained(path, device="cpu", dtype=torch.bfloat16)
+        assert next(half.parameters()).dtype == torch.bfloat16
+
+    def test_the_fingerprint_follows_encoder_and_normalisation(self, tiny: ParScaleEAR) -> None:
+        before = tiny.latent_fingerprint()
+        with torch.no_grad():
+            tiny.decoder.bands2.bias += 1
+        assert tiny.latent_fingerprint() == before
+        with torch.no_grad():
+            tiny.encoder.level2.bias += 1
+        assert tiny.latent_fingerprint() != before
+
+    def test_weights_of_another_shape_are_refused(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
+        tiny.encoder.level2 = torch.nn.Conv2d(48, 8, 1)
+        path = tiny.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="size mismatch"):
+            ParScaleEAR.from_pretrained(path)
+
+    def test_two_decoders_share_one_copy_of_the_encoder(
+        self, tiny: ParScaleEAR, tmp_path: Path
+    ) -> None:
+        whole = tiny.save_pretrained(tmp_path / "whole.safetensors")
+        part = tiny.save_pretrained(tmp_path / "part.safetensors", encoder_in=whole.name)
+        assert part.stat().st_size < whole.stat().st_size
+        x = images(1, 3, 32, 32)
+        assert torch.equal(ParScaleEAR.from_pretrained(part)(x), tiny(x))
+        with torch.no_grad():
+            tiny.encoder.level2.bias += 1
+        tiny.save_pretrained(whole)
+        with pytest.raises(CheckpointError, match="another latent space"):
+            ParScaleEAR.from_pretrained(part)
+        whole.unlink()
+        with pytest.raises(CheckpointError, match=r"whole\.safetensors: no such weight file"):
+            ParScaleEAR.from_pretrained(part)
+
+    def test_files_can_be_read_by_others(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
+        (tmp_path / "plain").touch()
+        path = tiny.save_pretrained(tmp_path)
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def test_unknown_variant(self) -> None:
+        with pytest.raises(ValueError, match="variant must be"):
+            shipped_weights("large")  # type: ignore[arg-type]
+
+
+class TestPrecision:
+    @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 0.005), (torch.bfloat16, 0.03)])
+    def test_half_on_the_cpu(
+        self, shipped: ParScaleEAR, photographs: torch.Tensor, dtype: torch.dtype, limit: float
+    ) -> None:
+        x = photographs[:2].float() / 127.5 - 1
+        half = ParScaleEAR.from_pretrained(dtype=dtype)
+        with torch.inference_mode():
+            exact, ours = shipped(x), half(x.to(dtype)).float()
+        assert 0 < (ours - exact).norm() / exact.norm() < limit
+
+    def test_autocast(self, shipped: ParScaleEAR, photographs: torch.Tensor) -> None:
+        x = photographs[:1].float() / 127.5 - 1
+        with torch.inference_mode():
+            exact = shipped(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                ours = shipped(x)
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() / exact.norm() < 0.03
+
+
+class TestShippedWeights:
+    def test_both_share_one_latent_space(self, photographs: torch.Tensor) -> None:
+        models = [ParScaleEAR.from_pretrained(variant=v) for v in ("baseline", "hybrid")]
+        assert models[0].latent_fingerprint() == models[1].latent_fingerprint()
+        assert models[0].hybrid is None
+        x = photographs[:1].float() / 127.5 - 1
+        with torch.inference_mode():
+            first, second = (m.encode(x).mode() for m in models)
+        assert torch.equal(first, second)
+
+    def test_latents_are_normalised(self, shipped: ParScaleEAR, photographs: torch.Tensor) -> None:
+        with torch.inference_mode():
+            latent = shipped.encode(photographs.float() / 127.5 - 1).mode()
+        values = latent.transpose(0, 1).flatten(1)
+        assert values.mean(1).abs().max() < 1
+        assert 0.3 < values.std(1).min() < values.std(1).max() < 3
+
+    def test_a_shift_by_16_pixels_shifts_the_latent(
+        self, shipped: ParScaleEAR, photographs: torch.Tensor
+    ) -> None:
+        x = photographs[:1].float() / 127.5 - 1
+        with torch.inference_mode():
+            here = shipped.encode(x[..., :-16]).mode()
+            there = shipped.encode(x[..., 16:]).mode()
+        inner = slice(4, -4)
+        torch.testing.assert_close(
+            here[..., inner, 5:-4], there[..., inner, 4:-5], atol=1e-3, rtol=1e-3
+        )
+
+
+def test_readme_states_the_size() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    model = ParScaleEAR()
+    head = " ".join(itertools.islice(text.split(), 60))
+    stated = re.search(r"([\d.]+) M parameters, ([\d.]+) GFLOP", head)
+    assert stated is not None
+    assert stated[1] == f"{model.parameter_count()['total'] / 1e6:.1f}"
+    assert stated[2] == f"{model.flops() / 1e9:.1f}"

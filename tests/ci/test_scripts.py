@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ci.ablation
+import ci.fid_eval
+import ci.latency
+import ci.quick_check
+import ci.report
+import ci.sanity
+import ci.validate_results
+from ci import _common
+from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
+from parscale_ear.profiling.latency import benchmark_model_precise
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["sanity", "latency", "fid_eval", "ablation", "quick_check"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reports of a small, real run."""
+    folder = tmp_path_factory.mktemp("results")
+    common = ["--quick", "--device", "cpu", "--output"]
+    few = ["--num-samples", "14", "--features", "efficientnet-lite0"]
+    assert ci.sanity.main([*common, str(folder / "sanity.json")]) == 0
+    assert ci.latency.main([*common, str(folder / "latency.json"), "--num-runs", "1"]) == 0
+    assert ci.fid_eval.main([*common, str(folder / "fid.json"), *few]) in (0, 1)
+    assert ci.ablation.main([*common, str(folder / "ablation.json"), *few]) == 0
+    return folder
+
+
+@pytest.fixture
+def reports(results: Path) -> dict[str, dict[str, Any]]:
+    found, problems = read_reports(results)
+    assert problems == []
+    return copy.deepcopy(found)
+
+
+class TestReports:
+    def test_say_where_they_come_from(self, reports: dict[str, dict[str, Any]]) -> None:
+        for name, milestone in REPORTS.items():
+            report = reports[name]
+            assert report["milestone"] == milestone
+            assert report["source_sha256"] == _common.source_digest()
+            assert report["weights_sha256"] == _common.weights_digest()
+            assert report["device_type"] == "cpu"
+            assert report["torch"] == torch.__version__
+
+    def test_a_skipped_target_says_why(self, reports: dict[str, dict[str, Any]]) -> None:
+        skipped = [
+            target
+            for report in reports.values()
+            for target in report["targets"]
+            if target["status"] == "SKIPPED"
+        ]
+        assert len(skipped) >= 3  # CUDA memory, CUDA latency, Inception
+        assert all(target["why"] for target in skipped)
+
+    def test_the_switched_off_model_is_the_baselines_kin(
+        self, reports: dict[str, dict[str, Any]]
+    ) -> None:
+        full = reports["ablation"]["figures"]["variants"]["full"]["psnr_db"]["value"]
+        hybrid = reports["fid"]["figures"]["variants"]["hybrid"]["psnr_db"]["value"]
+        assert full == pytest.approx(hybrid, abs=1e-9)
+
+    def test_last_line_of_stdout_is_json(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "quick.json"
+        assert ci.quick_check.main(["--device", "cpu", "--output", str(output)]) == 0
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert json.loads(last) == json.loads(output.read_text())
+
+
+class TestValidation:
+    def test_good_reports_pass(self, results: Path, tmp_path: Path) -> None:
+        found, _ = read_reports(results)
+        expected = 1 if any(r["verdict"] == "MISSED" for r in found.values()) else 0
+        options = ["--results", str(results), "--output", str(tmp_path / "summary.json")]
+        assert ci.validate_results.main(options) == expected
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda r: r["fid"].update(source_sha256="0"), "another source"),
+            (lambda r: r["fid"]["weights_sha256"].update(hybrid="0"), "other weights"),
+            (lambda r: r["latency"].update(device="another"), "different device"),
+            (lambda r: r["latency"].update(quick=False), "different quick"),
+            (lambda r: r["fid"]["settings"].update(num_samples=9), "different pictures"),
+            (lambda r: r["fid"]["figures"]["reference"].update(sha256="0"), "different pictures"),
+            (lambda r: r["sanity"]["targets"][0].update(status="MISSED"), "does not follow"),
+        ],
+    )
+    def test_stale_or_mixed_reports_are_refused(
+        self, reports: dict[str, dict[str, Any]], change: Any, message: str
+    ) -> None:
+        assert not find_problems(reports, source=_common.source_digest())
+        change(reports)
+        problems = find_problems(
+            reports, source=_common.source_digest(), weights=_common.weights_digest()
+        )
+        assert any(message in problem for problem in problems)
+        assert judge(reports, problems) == 2
+
+    def test_a_missed_target_is_exit_code_1(self, reports: dict[str, dict[str, Any]]) -> None:
+        reports["sanity"]["targets"][0]["status"] = "MISSED"
+        reports["sanity"]["verdict"] = "MISSED"
+        assert find_problems(reports) == []
+        assert judge(reports, []) == 1
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"milestone": "M2-2"}'])
+    def test_unreadable_reports(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "sanity.json").write_text(content)
+        found, problems = read_reports(tmp_path)
+        assert found == {}
+        assert len(problems) == len(REPORTS)
+        assert judge(found, problems) == 2
+
+    def test_the_table_has_every_target(self, reports: dict[str, dict[str, Any]]) -> None:
+        rows = milestone_rows(reports)
+        assert len(rows) == sum(len(report["targets"]) for report in reports.values())
+        del reports["fid"]
+        assert ("M2-3", "fid", "", "", "SKIPPED", "no report") in milestone_rows(reports)
+
+
+class TestTargets:
+    def test_not_a_number_never_passes(self) -> None:
+        assert _common.at_most("x", float("nan"), 1).status == "MISSED"
+        assert _common.at_least("x", float("nan"), 1).status == "MISSED"
+
+    def test_verdict(self) -> None:
+        passed, missed = _common.at_most("x", 1, 1), _common.at_least("x", 0, 1)
+        skipped = _common.skipped("x", "why")
+        assert _common.verdict([passed, skipped]) == "PASS"
+        assert _common.verdict([passed, missed, skipped]) == "MISSED"
+        assert _common.verdict([skipped]) == "SKIPPED"
+
+    def test_used_needs_an_interval_below_0(self) -> None:
+        def result(high: float) -> dict[str, Any]:
+            row = {"psnr_db": {"value": -1.0, "low": -2.0, "high": high}}
+            return {"differences": {"no coarse": row, "no fine": row}}
+
+        assert ci.ablation.branch_verdicts(result(-0.1))["coarse"] == "used"
+        assert ci.ablation.branch_verdicts(result(0.1))["fine"] == "not used"
+
+    def test_latency_without_a_gpu_is_skipped_not_passed(self) -> None:
+        rows = [{"p99_ms_per_image": 0.5}]
+        compared = {"ratio_p50": 12.0}
+        targets = ci.latency._targets(torch.device("cpu"), rows, compared, "", False)
+        assert [t.status for t in targets] == ["SKIPPED", "PASS"]
+        targets = ci.latency._targets(torch.device("cuda"), rows, None, "no diffusers", False)
+        assert [t.status for t in targets] == ["PASS", "SKIPPED"]
+        compared = {"ratio_p50": 9.9}
+        rows = [{"p99_ms_per_image": 1.1}]
+        targets = ci.latency._targets(torch.device("cuda"), rows, compared, "", False)
+        assert [t.status for t in targets] == ["MISSED", "MISSED"]
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize("name", [*SCRIPTS, "validate_results", "report"])
+    def test_help(self, name: str) -> None:
+        done = subprocess.run(
+            [sys.executable, f"ci/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "--output" in done.stdout
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["ci/fid_eval.py", "--ref-dir", "nothing"],
+            ["ci/fid_eval.py", "--inception-weights", "nothing"],
+            ["ci/fid_eval.py", "--num-samples", "1"],
+            ["ci/fid_eval.py", "--num-samples", "many"],
+            ["ci/latency.py", "--device", "cuda:99"],
+            ["ci/validate_results.py", "--results", "nothing"],
+            ["ci/report.py", "--results", "nothing"],
+        ],
+    )
+    def test_exit_code_2_and_no_traceback(self, arguments: list[str], tmp_path: Path) -> None:
+        output = tmp_path / "x"
+        done = subprocess.run(
+            [sys.executable, *arguments, "--output", str(output)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        if "validate" not in arguments[0]:
+            assert not output.exists()
+
+    def test_run_sh(self) -> None:
+        done = subprocess.run(
+            ["bash", "ci/run.sh", "--fast"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "unknown option '--fast'" in done.stderr
+
+
+def test_latency_hands_on_the_packages_function() -> None:
+    assert ci.latency.benchmark_model_precise is benchmark_model_precise

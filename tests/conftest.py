@@ -1,0 +1,62 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from parscale_ear.autoencoder.hybrid import HybridConfig
+from parscale_ear.autoencoder.litevae import LiteVAEConfig
+from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig
+from parscale_ear.data.reference import wheel_reference
+
+TINY = ParScaleEARConfig(
+    litevae=LiteVAEConfig(
+        latent_channels=4,
+        encoder_widths=(8, 8, 8),
+        decoder_widths=(8, 8, 8),
+        decoder_blocks=(1, 1, 1),
+    ),
+    hybrid=HybridConfig(latent_channels=4, coarse_width=8, fine_width=8),
+    latent_mean=(0.5, -0.5, 0.0, 1.0),
+    latent_std=(2.0, 1.0, 0.5, 1.5),
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny() -> ParScaleEAR:
+    """A model of the same structure with a few thousand parameters."""
+    return ParScaleEAR(TINY).eval()
+
+
+@pytest.fixture(scope="session")
+def shipped() -> ParScaleEAR:
+    """The shipped model, FP32 on the CPU."""
+    return ParScaleEAR.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def photographs() -> torch.Tensor:
+    """Crops of 14 photographs, (14, 3, 256, 256), 8-bit."""
+    return wheel_reference(14).pictures
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path: Path) -> Path:
+    """Six small noise pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        pixels = rng.integers(0, 256, (96 + 16 * index, 112, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parscale_ear.data.crops import RandomCrops
+from parscale_ear.data.images import ImageError, find_images
+
+
+def test_a_batch_is_a_function_of_seed_and_step(folder_of_pictures: Path) -> None:
+    refs = find_images([folder_of_pictures])
+    first = RandomCrops(refs, side=64, seed=1)
+    second = RandomCrops(refs, side=64, seed=1, cache_gib=0)
+    first.batch(0, 4)  # what was drawn before does not matter, nor does the cache
+    assert torch.equal(first.batch(5, 4), second.batch(5, 4))
+    assert not torch.equal(first.batch(5, 4), first.batch(6, 4))
+    assert not torch.equal(first.batch(5, 4), RandomCrops(refs, side=64, seed=2).batch(5, 4))
+
+
+def test_range_and_shape(folder_of_pictures: Path) -> None:
+    batch = RandomCrops(find_images([folder_of_pictures]), side=96).batch(0, 8)
+    assert batch.shape == (8, 3, 96, 96)
+    assert -1 <= batch.min() < -0.9
+    assert 0.9 < batch.max() <= 1
+
+
+def test_large_pictures_are_drawn_more_often(folder_of_pictures: Path) -> None:
+    refs = find_images([folder_of_pictures])
+    cumulative = RandomCrops(refs, side=96)._cumulative
+    shares = [cumulative[0], *np.diff(cumulative)]
+    assert shares == sorted(shares)
+    assert shares[-1] > 1.1 * shares[0]
+
+
+def test_unusable_pictures_are_named(
+    folder_of_pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder_of_pictures / "broken.png").write_text("hello")
+    crops = RandomCrops(find_images([folder_of_pictures]), side=112)
+    assert [Path(name).name for name in crops.skipped] == ["0.png", "broken.png"]
+    assert "broken.png" in caplog.text
+    assert "1 of 7 pictures are smaller" in caplog.text
+
+
+def test_a_picture_that_cannot_be_decoded_is_replaced(
+    folder_of_pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder_of_pictures / "3.png"
+    path.write_bytes(path.read_bytes()[:-2000])
+    crops = RandomCrops(find_images([folder_of_pictures]), side=96)
+    for step in range(4):
+        assert crops.batch(step, 8).shape == (8, 3, 96, 96)
+    assert caplog.text.count("3.png") == 1
+
+
+def test_nothing_usable(folder_of_pictures: Path) -> None:
+    with pytest.raises(ImageError, match="none of the 6 pictures"):
+        RandomCrops(find_images([folder_of_pictures]), side=256)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from parscale_ear.data import images
+from parscale_ear.data.images import ImageError, ImageRef, find_images
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack((x * 4, y * 4, x + y), axis=-1).astype(np.uint8))
+
+
+def test_exif_rotation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° to the right
+    gradient().save(tmp_path / "x.png", exif=exif)
+    loaded = ImageRef(tmp_path / "x.png").load()
+    assert loaded.size == (24, 40)
+    assert loaded.tobytes() == gradient().transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+    picture = gradient().convert("RGBA")
+    picture.putalpha(0)
+    picture.save(tmp_path / "x.png")
+    assert np.asarray(ImageRef(tmp_path / "x.png").load()).min() == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    gradient().convert(mode).save(path)
+    loaded = ImageRef(path).load()
+    assert (loaded.mode, loaded.size) == ("RGB", (40, 24))
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    loaded = np.asarray(ImageRef(tmp_path / "x.png").load())[..., 0]
+    np.testing.assert_allclose(loaded.astype(float), grey / 257, atol=0.51)
+
+
+def test_8_bits_survive_the_way_to_a_tensor_and_back(tmp_path: Path) -> None:
+    picture = Image.fromarray(
+        np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)
+    )
+    tensor = images.to_tensor(picture)
+    assert (tensor.min(), tensor.max()) == (-1, 1)
+    images.save_png(tensor, tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").tobytes() == picture.tobytes()
+
+
+def test_resize_and_crop_by_the_protocol() -> None:
+    wide = images.resize_and_crop(gradient(300, 200), 100)
+    assert wide.size == (100, 100)
+    expected = gradient(300, 200).resize((150, 100), Image.Resampling.LANCZOS)
+    assert wide.tobytes() == expected.crop((25, 0, 125, 100)).tobytes()
+    assert images.resize_and_crop(gradient(100, 103), 100).size == (100, 100)
+
+
+def test_padding_repeats_the_edge() -> None:
+    x = torch.rand(1, 3, 17, 16)
+    padded = images.pad_to_multiple(x, 16)
+    assert padded.shape == (1, 3, 32, 16)
+    assert torch.equal(padded[:, :, 17:], x[:, :, 16:].expand(-1, -1, 15, -1))
+    assert images.pad_to_multiple(x[:, :, :16], 16).shape == (1, 3, 16, 16)
+
+
+class TestFinding:
+    def test_folders_tars_and_files(self, tmp_path: Path) -> None:
+        (tmp_path / "d" / "e").mkdir(parents=True)
+        gradient().save(tmp_path / "d" / "b.png")
+        gradient().save(tmp_path / "d" / "e" / "a.JPG", format="JPEG")
+        (tmp_path / "d" / "notes.txt").write_text("no picture")
+        with tarfile.open(tmp_path / "t.tar", "w") as archive:
+            archive.add(tmp_path / "d" / "b.png", "inside/b.png")
+            archive.add(tmp_path / "d" / "notes.txt", "notes.txt")
+        refs = find_images([tmp_path / "d", tmp_path / "t.tar", tmp_path / "d" / "b.png"])
+        assert [ref.stem for ref in refs] == ["b", "a", "b", "b"]
+        assert refs[2].load().tobytes() == gradient().tobytes()
+        assert images.output_names(refs) == ["b", "a", "b_2", "b_3"]
+
+    def test_what_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ImageError, match="no such file"):
+            find_images([tmp_path / "nothing"])
+        with pytest.raises(ImageError, match="no picture in it"):
+            find_images([tmp_path])
+
+    def test_a_compressed_tar_is_refused(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "t.tar.gz", "w:gz") as archive:
+            archive.addfile(tarfile.TarInfo("x.png"))
+        with pytest.raises(ImageError, match="uncompressed"):
+            find_images([tmp_path / "t.tar.gz"])
+
+    def test_damaged_pictures(self, tmp_path: Path) -> None:
+        buffer = io.BytesIO()
+        gradient(200, 200).save(buffer, format="PNG")
+        (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-300])
+        (tmp_path / "text.png").write_text("hello")
+        with pytest.raises(ImageError, match=r"cut\.png: damaged"):
+            ImageRef(tmp_path / "cut.png").load()
+        with pytest.raises(ImageError, match=r"text\.png: not a readable picture"):
+            ImageRef(tmp_path / "text.png").load()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from parscale_ear.data import reference
+from parscale_ear.data.images import ImageError
+from parscale_ear.data.reference import load_reference, wheel_reference
+
+
+def test_the_default_is_200_crops_and_more_of_many_scenes() -> None:
+    found = wheel_reference(210)
+    assert found.pictures.shape == (210, 3, 256, 256)
+    assert found.pictures.dtype == torch.uint8
+    assert len(set(found.clusters)) == 13
+    assert "compares models" in found.warning
+    assert len({picture.numpy().tobytes() for picture in found.pictures}) == 210
+
+
+def test_the_same_everywhere_and_a_prefix_of_more() -> None:
+    few, many = wheel_reference(16), wheel_reference(30)
+    assert torch.equal(few.pictures, many.pictures[:16])
+    assert few.digest() == wheel_reference(16).digest() != many.digest()
+
+
+def test_both_motorcycles_are_one_scene() -> None:
+    found = wheel_reference(14)
+    scenes = [name.split()[0] for name in found.names]
+    cluster = {c for c, s in zip(found.clusters, scenes, strict=True) if s == "motorcycle"}
+    assert scenes.count("motorcycle") == 2
+    assert len(cluster) == 1
+
+
+def test_a_changed_photograph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, name, scene, _ = reference.WHEEL_PHOTOGRAPHS[0]
+    monkeypatch.setattr(reference, "WHEEL_PHOTOGRAPHS", ((package, name, scene, "0" * 16),))
+    with pytest.raises(ImageError, match="another version"):
+        wheel_reference(2)
+
+
+def test_a_directory(folder_of_pictures: Path) -> None:
+    (folder_of_pictures / "broken.png").write_text("hello")
+    found = load_reference(10, directory=folder_of_pictures)
+    assert found.pictures.shape == (6, 3, 256, 256)
+    assert "6 of the 10" in found.warning
+    assert "broken" in found.warning
+    assert load_reference(3, directory=folder_of_pictures).warning == ""
+
+
+def test_a_directory_with_too_little(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300)).save(tmp_path / "only.png")
+    with pytest.raises(ImageError, match="at least two"):
+        load_reference(10, directory=tmp_path)
+
+
+def test_no_network_for_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", no_network)
+    with pytest.raises(ImageError, match="--ref-dir"):
+        load_reference(10, name="imagenette", cache=tmp_path)
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        load_reference(1)
+    with pytest.raises(ValueError, match="wheels or imagenette"):
+        load_reference(5, name="coco")

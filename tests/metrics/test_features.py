@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parscale_ear.data.images import resize_and_crop, to_tensor, to_uint8
+from parscale_ear.data.reference import wheel_photographs
+from parscale_ear.metrics.features import (
+    EfficientNetLite0,
+    FeatureError,
+    Inception,
+    inception_weights,
+    load_extractor,
+)
+from parscale_ear.metrics.frechet import frechet_distance
+
+
+@pytest.fixture(scope="module")
+def extractor() -> EfficientNetLite0:
+    return EfficientNetLite0()
+
+
+def test_shape_and_determinism(extractor: EfficientNetLite0, photographs: torch.Tensor) -> None:
+    first, second = extractor(photographs[:3]), extractor(photographs[:3])
+    assert first.shape == (3, extractor.dimensions)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, second)
+
+
+def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite0) -> None:
+    """Its ImageNet classes: the cat is a cat, so weights and preprocessing fit."""
+    scenes = dict(wheel_photographs())
+    names = ("chelsea", "coffee")
+    pictures = torch.stack([to_uint8(to_tensor(resize_and_crop(scenes[n], 256))) for n in names])
+    with torch.inference_mode():
+        logits = extractor.model._fc(extractor(pictures))
+    top = logits.topk(3).indices.tolist()
+    assert set(top[0]) & {281, 282, 283, 285}  # tabby, tiger cat, Persian cat, Egyptian cat
+    assert set(top[1]) & {967, 968, 504, 505}  # espresso, cup, coffee mug, coffeepot
+
+
+def test_the_distance_grows_with_damage(
+    extractor: EfficientNetLite0, photographs: torch.Tensor
+) -> None:
+    originals = extractor(photographs).numpy()
+    distances = []
+    for strength in (0, 8, 32):
+        noise = torch.randint(-strength, strength + 1, photographs.shape)
+        damaged = (photographs.int() + noise).clamp(0, 255).to(torch.uint8)
+        distances.append(frechet_distance(extractor(damaged).numpy(), originals))
+    assert distances[0] == pytest.approx(0, abs=1e-6)
+    assert np.all(np.diff(distances) > 0)
+
+
+class TestInception:
+    def test_foreign_weights_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.pth"
+        path.write_bytes(b"not it")
+        with pytest.raises(FeatureError, match="not pytorch-fid's"):
+            Inception(path)
+        with pytest.raises(FeatureError, match="no such file"):
+            inception_weights(tmp_path / "missing.pth")
+
+    def test_a_named_file_is_not_replaced_by_another_extractor(self, tmp_path: Path) -> None:
+        with pytest.raises(FeatureError, match="no such file"):
+            load_extractor("auto", weights=tmp_path / "missing.pth")
+
+    def test_no_download_says_where_it_looked(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        with pytest.raises(FeatureError, match=str(tmp_path)):
+            inception_weights(download=False)
+
+    def test_auto_falls_back_by_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+        def no_network(*_: object, **__: object) -> None:
+            raise OSError("no network")
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        found, note = load_extractor("auto")
+        assert found.distance == "FD-EfficientNetLite0"
+        assert "--inception-weights" in note
+        assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(FeatureError, match="auto, inception or efficientnet-lite0"):
+        load_extractor("resnet")  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pytorch_fid.fid_score import calculate_frechet_distance
+
+from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
+
+RNG = np.random.default_rng(0)
+
+
+def features(samples: int, dimensions: int) -> np.ndarray:
+    mixing = RNG.standard_normal((dimensions, dimensions)) / np.sqrt(dimensions)
+    return RNG.standard_normal((samples, dimensions)) @ mixing
+
+
+@pytest.mark.parametrize("samples", [20, 500])
+def test_of_a_set_with_itself_is_0(samples: int) -> None:
+    x = features(samples, 64)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("samples", [20, 500])
+def test_of_a_shifted_set_is_the_squared_shift(samples: int) -> None:
+    x, shift = features(samples, 64), RNG.standard_normal(64)
+    assert frechet_distance(x, x + shift) == pytest.approx(shift @ shift, rel=1e-9)
+
+
+def test_of_scaled_gaussians() -> None:
+    x = features(400, 16)
+    expected = np.trace(np.cov(x, rowvar=False)) * (3 - 1) ** 2
+    centred = x - x.mean(axis=0)
+    assert frechet_distance(centred, 3 * centred) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second"), [(300, 200), (40, 200), (64, 65)])
+def test_equals_pytorch_fid(first: int, second: int) -> None:
+    x, y = features(first, 32), features(second, 32) * 1.5 + 0.3
+    expected = calculate_frechet_distance(
+        x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)
+    )
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_samples_equal_the_square_root_of_a_singular_product() -> None:
+    # With fewer samples than features pytorch-fid regularises; compare eigenvalues instead.
+    x, y = features(12, 40), features(15, 40)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(a @ b).real, 0, None)).sum()
+    d = x.mean(0) - y.mean(0)
+    expected = d @ d + np.trace(a) + np.trace(b) - 2 * roots
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
+
+
+def test_refuses_what_it_cannot_judge() -> None:
+    for x, y in ((features(1, 4), features(5, 4)), (features(5, 4), features(5, 3))):
+        with pytest.raises(ValueError, match="at least two samples"):
+            frechet_distance(x, y)
+    bad = features(5, 4)
+    bad[0, 0] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        frechet_distance(bad, features(5, 4))
+
+
+class TestBootstrap:
+    def test_covers_the_mean_as_often_as_it_says(self) -> None:
+        rng = np.random.default_rng(1)
+        covered = 0
+        for trial in range(100):
+            means = rng.standard_normal(30)  # of the clusters: where the spread is
+            x = (means[:, None] + 0.1 * rng.standard_normal((30, 5))).ravel()
+            clusters = np.repeat(np.arange(30), 5).tolist()
+            (interval,) = clustered_bootstrap(
+                lambda i, x=x: [x[i].mean()], clusters, repeats=200, seed=trial
+            )
+            covered += interval.low <= 0 <= interval.high
+        assert 86 <= covered <= 99
+
+    def test_takes_clusters_whole(self) -> None:
+        seen = []
+        clustered_bootstrap(lambda i: [float(seen.append(i) or 0)], [0, 0, 1, 1, 1, 2], repeats=50)
+        for draw in seen:
+            counts = np.bincount(draw, minlength=6)
+            assert counts[0] == counts[1]
+            assert counts[2] == counts[3] == counts[4]
+
+    def test_a_paired_difference_of_equals_is_0(self) -> None:
+        x = np.random.default_rng(2).standard_normal(40)
+        (interval,) = clustered_bootstrap(lambda i: [x[i].mean() - x[i].mean()], range(40))
+        assert (interval.value, interval.low, interval.high) == (0, 0, 0)
+
+    def test_needs_two_photographs(self) -> None:
+        with pytest.raises(ValueError, match="two photographs"):
+            clustered_bootstrap(lambda i: [0.0], [1, 1, 1])

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from parscale_ear.metrics.reconstruction import psnr, ssim
+
+
+@pytest.fixture
+def pair(photographs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.randint(-9, 10, photographs[:3].shape)
+    return (photographs[:3].int() + noise).clamp(0, 255).to(torch.uint8), photographs[:3]
+
+
+def test_psnr_equals_scikit_image(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    expected = [
+        peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=255)
+        for a, b in zip(*pair, strict=True)
+    ]
+    np.testing.assert_allclose(psnr(*pair), expected, rtol=1e-9)
+
+
+def test_ssim_is_the_mean_over_channels(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    options = {
+        "gaussian_weights": True,
+        "sigma": 1.5,
+        "use_sample_covariance": False,
+        "data_range": 255,
+    }
+    expected = [
+        np.mean([structural_similarity(a[k].numpy(), b[k].numpy(), **options) for k in range(3)])
+        for a, b in zip(*pair, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(*pair), expected, rtol=1e-9)
+
+
+def test_equal_pictures(photographs: torch.Tensor) -> None:
+    assert np.isinf(psnr(photographs[:1], photographs[:1])).all()
+    np.testing.assert_allclose(ssim(photographs[:1], photographs[:1]), 1.0)
+
+
+@pytest.mark.parametrize("function", [psnr, ssim])
+def test_refuses_anything_but_8_bits(function: object) -> None:
+    good = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    for first, second in ((good.float(), good), (good, good[0]), (good, good[..., :8])):
+        with pytest.raises(ValueError, match="expected"):
+            function(first, second)  # type: ignore[operator]

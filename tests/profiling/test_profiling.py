@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.profiling.latency import (
+    Timings,
+    benchmark_model_precise,
+    time_alternately,
+    time_runs,
+)
+from parscale_ear.profiling.memory import peak_memory_mib
+from parscale_ear.profiling.roofline import least_bytes, measure_roof
+
+
+def test_counts_every_run_and_the_warm_up() -> None:
+    calls = []
+    timings = time_runs(lambda: calls.append(1), device="cpu", runs=7, warmup=2)
+    assert len(calls) == 9
+    assert timings.milliseconds.shape == (7,)
+
+
+def test_alternates() -> None:
+    calls: list[str] = []
+    functions = [lambda: calls.append("a"), lambda: calls.append("b")]
+    time_alternately(functions, device="cpu", runs=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" * 3
+
+
+def test_a_sleep_is_seen() -> None:
+    timings = time_runs(lambda: time.sleep(0.02), device="cpu", runs=3, warmup=0)
+    assert timings.milliseconds.min() >= 20
+
+
+def test_summary_is_per_image() -> None:
+    summary = Timings(np.arange(1.0, 102.0)).summary(per=2)
+    assert summary == pytest.approx(
+        {"mean_ms": 25.5, "p50_ms": 25.5, "p95_ms": 48.0, "p99_ms": 50.0}
+    )
+
+
+def test_runs_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        time_runs(lambda: None, device="cpu", runs=0)
+
+
+def test_benchmark_of_a_model(tiny: ParScaleEAR) -> None:
+    result = benchmark_model_precise(tiny, "cpu", 2, 5, warmup=1, height=64, width=64)
+    assert (result["batch_size"], result["num_runs"], result["dtype"]) == (2, 5, "float32")
+    assert 0 < result["p50_ms_per_image"] <= result["p95_ms_per_image"]
+    assert result["p95_ms_per_image"] <= result["p99_ms_per_image"]
+    assert result["images_per_s"] == pytest.approx(1000 / result["mean_ms_per_image"])
+    assert result["peak_memory_mib"] is None
+
+
+def test_benchmark_refuses_another_device(tiny: ParScaleEAR) -> None:
+    with pytest.raises(ValueError, match=r'model\.to\("cuda"\)'):
+        benchmark_model_precise(tiny, "cuda")
+
+
+def test_least_bytes(tiny: ParScaleEAR) -> None:
+    one, two = (least_bytes(tiny, batch, 64, 64) for batch in (1, 2))
+    weights = 4 * sum(p.numel() for p in tiny.parameters())
+    assert one > weights
+    assert two - one == one - weights
+    doubled = ParScaleEAR(tiny.config).double()
+    assert least_bytes(doubled, 1, 64, 64) == 2 * one
+
+
+def test_roof() -> None:
+    roof = measure_roof("cpu", torch.float32, runs=1)
+    assert roof.flops_per_s == max(roof.gemm_flops_per_s, roof.convolution_flops_per_s)
+    assert min(roof.gemm_flops_per_s, roof.convolution_flops_per_s) > 1e8
+    assert roof.bytes_per_s > 1e8
+
+
+def test_no_peak_memory_on_the_cpu() -> None:
+    with peak_memory_mib("cpu") as peak:
+        pass
+    assert peak == [None]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checkpoint import CheckpointError, atomic_path
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.safetensors"
+    sha256 = checkpoint.save(path, TENSORS, kind="K", config={"n": (1, 2)}, note="hello")
+    tensors, header = checkpoint.load(path, kind="K")
+    assert tensors.keys() == TENSORS.keys()
+    assert all(
+        torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
+    )
+    assert header["config"] == {"n": [1, 2]}
+    assert (header["note"], header["sha256"]) == ("hello", sha256)
+
+
+def test_mutated_files_are_refused_or_equal(tiny: ParScaleEAR, tmp_path: Path) -> None:
+    good = tiny.save_pretrained(tmp_path / "good.safetensors").read_bytes()
+    expected = tiny.state_dict()
+    bad = tmp_path / "bad.safetensors"
+    rng = np.random.default_rng(0)
+    header_length = 8 + int.from_bytes(good[:8], "little")
+    refused = 0
+    for trial in range(100):
+        data = bytearray(good)
+        kind = trial % 4
+        if kind == 0:  # a bit anywhere
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        elif kind == 1:  # a byte in the header
+            data[rng.integers(header_length)] = rng.integers(256)
+        elif kind == 2:  # cut off
+            del data[rng.integers(len(data)) :]
+        else:  # a stretch repeated
+            start = int(rng.integers(len(data) - 64))
+            data[start:start] = data[start : start + int(rng.integers(1, 64))]
+        bad.write_bytes(data)
+        try:
+            loaded = ParScaleEAR.from_pretrained(bad)
+        except CheckpointError as error:
+            refused += "\n" not in str(error)
+            continue
+        assert loaded.config == tiny.config
+        assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+    assert refused >= 95
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: torch.save({"a": torch.zeros(1)}, p), "not a whole safetensors file"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p), "not one of parscale_ear's"),
+        (lambda p: save_file({}, p, {"parscale_ear": "{"}), "not JSON"),
+        (lambda p: save_file({}, p, {"parscale_ear": '{"format": 9}'}), "format 9"),
+        (lambda p: save_file({}, p, {"parscale_ear": '{"format": 1}'}), "lacks 'kind'"),
+        (lambda p: checkpoint.save(p, {}, kind="Other", config={}), "holds a Other"),
+        (lambda p: None, "no such weight file"),
+    ],
+)
+def test_foreign_files(tmp_path: Path, write: object, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    write(path)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.load(path, kind="K")
+    assert str(path) in str(caught.value)
+
+
+def test_a_changed_header_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    checkpoint.save(path, TENSORS, kind="K", config={}, latent_fingerprint="abc")
+    _, header = checkpoint.load(path)
+    header["latent_fingerprint"] = "abd"
+    save_file(TENSORS, path, {"parscale_ear": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        checkpoint.load(path)
+
+
+def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for config in ({}, {"litevae": {"unknown": 1}, "hybrid": None}, {"litevae": 3, "hybrid": None}):
+        checkpoint.save(path, TENSORS, kind="ParScaleEAR", config=config)
+        with pytest.raises(CheckpointError, match="not a ParScaleEAR config"):
+            ParScaleEAR.from_pretrained(path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("before")
+
+    def fail_halfway() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

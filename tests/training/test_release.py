@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.training import release
+from parscale_ear.training.autoencoder import Recipe, train_autoencoder
+
+CARD = f"# Card\n{release.BEGIN}\n{release.END}\nend\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("timm", reason="training needs the extra 'train'")
+    from parscale_ear.data.images import save_png
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(4):
+        save_png(torch.rand(3, 96, 96) * 2 - 1, folder / f"{index}.png")
+    recipe = Recipe(
+        images=(str(folder),),
+        minutes=None,
+        steps=4,
+        batch=1,
+        crop=32,
+        final_crop=32,
+        precision="fp32",
+    )
+    out = folder / "run"
+    assert train_autoencoder(recipe, out)
+    return out
+
+
+def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    options = ["--validation", str(run.parent), "--out", str(tmp_path)]
+    assert release.main([str(run), *options]) == 0
+    for name in ("baseline", "hybrid"):
+        path = tmp_path / f"{name}.safetensors"
+        tensors, header = checkpoint.load(path)
+        assert {t.dtype for t in tensors.values()} == {torch.float16}
+        model = ParScaleEAR.from_pretrained(path)
+        assert header["latent_fingerprint"] == model.latent_fingerprint()
+        figures = header["training"]["validation"]
+        assert figures["precision"] == "float32"
+        card = (tmp_path / "README.md").read_text()
+        assert f"| {name} | {figures['psnr_db']:.2f} | {figures['ssim']:.4f} |" in card
+    assert card.startswith("# Card\n")
+    assert card.endswith("end\n")
+
+
+def test_mistakes_are_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--validation", str(run.parent), "--out", str(tmp_path)]
+    assert release.main([str(run), *options]) == 2
+    (tmp_path / "README.md").write_text("no marks")
+    assert release.main([str(run), *options]) == 2
+    assert "lacks the marks" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text(CARD)
+    assert release.main([str(tmp_path), *options]) == 2
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_shipped_card_says_what_the_headers_say() -> None:
+    folder = Path(release.__file__).parents[1] / "weights"
+    facts = {
+        name: checkpoint.load(folder / f"{name}.safetensors")[1]["training"]
+        for name in release.VARIANTS
+    }
+    card = (folder / release.CARD).read_text(encoding="utf-8")
+    assert release.with_figures(card, facts) == card
+
+
+def test_the_shipped_weights_are_small() -> None:
+    folder = Path(release.__file__).parents[1] / "weights"
+    assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= 5_500_000
