@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import shipped_weights
-from parscale_ear.cli import UsageError, resolve_device
 from parscale_ear.data.images import ImageError
+from parscale_ear.device import UsageError, resolve_device
 from parscale_ear.metrics.features import FeatureError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,10 +234,15 @@ def progress(total: int, description: str) -> Iterator[Callable[..., Any]]:
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> int:
-    """Runs a script's ``main`` on the command line: a user's mistake is one line and exit code 2."""
+    """Runs a script's ``main`` on the command line.
+
+    A user's mistake is one line and exit code 2; so is a crash, with its traceback, as 1 would say
+    that a target was missed. FP32 on CUDA is FP32 here, not TF32.
+    """
     name = Path(sys.argv[0]).name
     try:
-        return main(None)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return main(None)
     except (
         UsageError,
         ImageError,
@@ -250,6 +256,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        return WRONG
 
 
 __all__ = [
@@ -258,6 +267,7 @@ __all__ = [
     "ROOT",
     "WRONG",
     "Target",
+    "UsageError",
     "add_reference_options",
     "at_least",
     "at_most",

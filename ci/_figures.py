@@ -68,10 +68,9 @@ def ablation_plot(figures: Mapping[str, Any]) -> bytes:
     for axis, (metric, label) in zip(axes, labels, strict=True):
         rows = [figures["differences"][name][metric] for name in names]
         values = [row["value"] for row in rows]
-        # A percentile interval of a biased statistic need not hold the value itself.
         errors = [
-            [max(0.0, row["value"] - row["low"]) for row in rows],
-            [max(0.0, row["high"] - row["value"]) for row in rows],
+            [row["value"] - row["low"] for row in rows],
+            [row["high"] - row["value"] for row in rows],
         ]
         axis.errorbar(values, range(len(names)), xerr=errors, fmt="o", capsize=4)
         axis.set_yticks(range(len(names)), names)

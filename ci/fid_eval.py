@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = ci.resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
+    reference = reference_of(arguments)
     extractor, note = load_extractor(
         arguments.features, device=device, weights=arguments.inception_weights
     )
-    reference = reference_of(arguments)
     print(f"reference: {reference.source}")
     for line in filter(None, (reference.warning, note)):
         print(f"note: {line}")

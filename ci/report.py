@@ -7,6 +7,7 @@ from there. Both are for maintainers, after a run that is to be published.
 from __future__ import annotations
 
 import html
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -179,7 +180,9 @@ def _distance_head(figures: Mapping[str, Any]) -> tuple[str, ...]:
 def distance_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Variants, then differences, each with its interval."""
 
-    def text(interval: Mapping[str, float], digits: int, sign: str = "") -> str:
+    def text(interval: Mapping[str, float | None], digits: int, sign: str = "") -> str:
+        if None in interval.values():
+            return "—"
         value, low, high = (f"{interval[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
         return f"{value} [{low}, {high}]"
 
@@ -339,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"wrote {arguments.output} ({len(page) / 2**20:.1f} MiB)")
     for problem in problems:
         print(f"problem: {problem}")
+    print(json.dumps({"report": str(arguments.output), "problems": problems}))
     return ci.WRONG if problems else ci.PASSED
 
 

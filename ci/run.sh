@@ -41,6 +41,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+trap 'echo "run.sh: stopped" >&2; exit 130' INT TERM
 case ${REF_DIR:-} in
   "") unset REF_DIR ;;
   /*) ;;
@@ -67,7 +68,7 @@ for index in "${!steps[@]}"; do
   printf '\n[%s%s] %d/%d  %s\n' "${bar:0:index}" "${dots:index}" $((index + 1)) \
     ${#steps[@]} "${words[0]}"
   options=("${words[@]:1}")
-  case ${words[0]} in validate_results.py) ;; *) options+=(--device "$device") ;; esac
+  options+=(--device "$device")
   "$python" "ci/${words[0]}" ${options[@]+"${options[@]}"}
   code=$?
   case ${words[0]} in validate_results.py) verdict=$code ;; esac

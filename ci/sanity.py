@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ci import _common as ci
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_image, reconstruct_pictures
-from parscale_ear.data.images import to_uint8
+from parscale_ear.data.images import from_uint8, to_uint8
 from parscale_ear.data.reference import wheel_reference
 from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.profiling.memory import peak_memory_mib
@@ -36,7 +36,7 @@ ODD_SIZES = ((16, 16), (48, 80), (144, 272), (304, 208))
 def precision_figures(device: torch.device, pictures: Tensor) -> dict[str, Any]:
     """Half precision against FP32 on photographs: relative error and PSNR lost."""
     reference = ParScaleEAR.from_pretrained(device=device, dtype=torch.float32)
-    images = pictures.to(device).float().div(127.5).sub(1.0)
+    images = from_uint8(pictures.to(device))
     exact = _forward(reference, images)
     exact_psnr = float(np.mean(psnr(to_uint8(exact), pictures)))
     figures: dict[str, Any] = {"float32": {"psnr_db": exact_psnr}}
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gflop = counted_gflop(model)
     precision = precision_figures(device, pictures)
     with torch.inference_mode():
-        images = pictures.to(device).float().div(127.5).sub(1.0).to(dtype)
+        images = from_uint8(pictures.to(device)).to(dtype)
         latent = model.encode(images).mode().float()
     spread = latent.transpose(0, 1).flatten(1).std(dim=1)
     with peak_memory_mib(device) as peak:

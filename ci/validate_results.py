@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from ci import _common as ci
 from parscale_ear import checkpoint
@@ -24,8 +25,11 @@ REPORTS = {  # file → milestone, in the order of the table
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
 
 
-class ResultsError(ci.UsageError):
-    """Reports that cannot be judged; the message is one line a problem."""
+NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
+
+
+def _targets(report: Mapping[str, Any]) -> list[ci.Target]:
+    return [ci.Target(**target) for target in report["targets"]]
 
 
 def read_reports(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -36,7 +40,8 @@ def read_reports(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         path = folder / f"{name}.json"
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            missing = [key for key in (*SAME_IN_ALL, "verdict", "targets") if key not in report]
+            missing = [key for key in NEEDED if key not in report]
+            _targets(report)
             if report.get("milestone") != milestone or missing:
                 problems.append(
                     f"{path}: not a report of {milestone}; run ci/{_script(name)} again"
@@ -45,7 +50,7 @@ def read_reports(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             reports[name] = report
         except FileNotFoundError:
             problems.append(f"{path}: missing; run ci/{_script(name)}")
-        except (ValueError, AttributeError, TypeError, OSError):
+        except (ValueError, AttributeError, TypeError, KeyError, OSError):
             problems.append(f"{path}: not readable as a report; run ci/{_script(name)} again")
     return reports, problems
 
@@ -73,7 +78,7 @@ def find_problems(
             problems.append(f"{name}: made from another source; run ci/{_script(name)} again")
         if weights is not None and report["weights_sha256"] != weights:
             problems.append(f"{name}: made with other weights; run ci/{_script(name)} again")
-        if report["verdict"] != ci.verdict([ci.Target(**t) for t in report["targets"]]):
+        if report["verdict"] != ci.verdict(_targets(report)):
             problems.append(f"{name}: its verdict does not follow from its targets")
     for key in SAME_IN_ALL:
         if len({json.dumps(report[key], sort_keys=True) for report in reports.values()}) > 1:
@@ -82,12 +87,15 @@ def find_problems(
         name: (
             report["settings"].get("num_samples"),
             report["figures"].get("reference", {}).get("sha256"),
+            report["figures"].get("features"),
         )
         for name, report in reports.items()
         if name in ("fid", "ablation")
     }
     if len(set(counts.values())) > 1:
-        problems.append("fid and ablation measured on different pictures: run both again")
+        problems.append(
+            "fid and ablation measured on different pictures or features: run both again"
+        )
     return problems
 
 
@@ -124,10 +132,10 @@ def judge(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ci.parser(__doc__ or "", "summary.json")
     parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
-    parser.add_argument("--output", type=Path, default=Path("results/summary.json"))
     arguments = parser.parse_args(argv)
+    device = ci.resolve_device(arguments.device)
     reports, problems = read_reports(arguments.results)
     problems += find_problems(reports, source=ci.source_digest(), weights=ci.weights_digest())
     code = judge(reports, problems)
@@ -142,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{counts['SKIPPED']} SKIPPED (a skipped check is not a passed one)"
     )
     summary = {
+        **ci.common_fields(device, torch.float32, arguments.seed),
         "verdict": words[code],
         "counts": counts,
         "problems": problems,

@@ -9,18 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from parscale_ear import __version__
 
-if TYPE_CHECKING:
-    import torch
-
 STOPPED = 130
-
-
-class UsageError(Exception):
-    """Wrong use; the message is one line with the remedy."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PyTorch is imported below this line, so that --help and mistakes answer at once.
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.images import ImageError
+    from parscale_ear.device import UsageError
 
     try:
         return int(arguments.run(arguments))
@@ -73,8 +66,9 @@ def _add_reconstruct(verbs: argparse._SubParsersAction[argparse.ArgumentParser])
     verb.add_argument("images", nargs="+", metavar="IMAGE_OR_DIR", help="files, folders or tars")
     verb.add_argument("--out", required=True, type=Path, help="folder for the PNG files")
     verb.add_argument("--compare", action="store_true", help="also write original | reconstruction")
-    verb.add_argument("--weights", type=Path, help="weight file or folder (default: the shipped)")
-    verb.add_argument("--variant", choices=("hybrid", "baseline"), default="hybrid")
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--weights", type=Path, help="weight file or folder (default: the shipped)")
+    which.add_argument("--variant", choices=("hybrid", "baseline"), default="hybrid")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     verb.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: by device")
     verb.set_defaults(run=_reconstruct)
@@ -87,19 +81,26 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from parscale_ear.autoencoder.model import ParScaleEAR
     from parscale_ear.autoencoder.reconstruct import reconstruct_image
     from parscale_ear.data import images as pictures
+    from parscale_ear.device import DTYPES, UsageError, resolve_device
     from parscale_ear.metrics.reconstruction import psnr
 
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}
     device = resolve_device(arguments.device)
     refs = pictures.find_images(arguments.images)
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
+    names = pictures.output_names(refs)
+    endings = (".png", "_compare.png") if arguments.compare else (".png",)
+    results = [(arguments.out / f"{name}{end}").resolve() for name in names for end in endings]
+    if not {ref.path.resolve() for ref in refs}.isdisjoint(results):
+        raise UsageError(f"--out {arguments.out} would overwrite the pictures; name another folder")
+    if len(set(results)) < len(results):
+        raise UsageError("a picture is called like another's comparison; leave out --compare")
     model = ParScaleEAR.from_pretrained(
-        arguments.weights, variant=arguments.variant, device=device, dtype=dtypes[arguments.dtype]
+        arguments.weights, variant=arguments.variant, device=device, dtype=DTYPES[arguments.dtype]
     )
     rows: list[tuple[str, float]] = []
     failed = 0
-    bar = tqdm(list(zip(refs, pictures.output_names(refs), strict=True)), unit="picture")
+    bar = tqdm(list(zip(refs, names, strict=True)), unit="picture")
     for ref, name in bar:
         try:
             original = pictures.to_tensor(ref.load())  # (3, H, W)
@@ -121,27 +122,6 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         mean = sum(value for _, value in rows) / len(rows)
         print(f"{'mean':<{width}}  {mean:6.2f} dB PSNR over {len(rows)} pictures → {arguments.out}")
     return 2 if failed else 0
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` → CUDA where there is one, else CPU; other names as PyTorch reads them.
-
-    Raises:
-        UsageError: the device is unknown or not there.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has no such GPU; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: only cpu and cuda are supported")
-    return device
 
 
 # --- train ---
@@ -177,6 +157,7 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _train_autoencoder(arguments: argparse.Namespace) -> int:
+    from parscale_ear.device import UsageError, resolve_device
     from parscale_ear.training.autoencoder import Recipe, train_autoencoder
     from parscale_ear.training.loop import TrainingError
 
@@ -184,7 +165,7 @@ def _train_autoencoder(arguments: argparse.Namespace) -> int:
     recipe = Recipe(
         images=tuple(arguments.images),
         validation=tuple(arguments.validation),
-        minutes=None if arguments.steps else arguments.minutes,
+        minutes=arguments.minutes if arguments.steps is None else None,
         steps=arguments.steps,
         precision=arguments.precision,
         device=str(resolve_device(arguments.device)),

@@ -89,12 +89,7 @@ class LiteVAEEncoder(nn.Module):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
-        count = 0
-        for level, factor in (("2", 4), ("3", 8), ("4", 16)):
-            for name, module in self.named_children():
-                if name.endswith(level):
-                    count += conv_flops(module, height // factor, width // factor)
-        return count + conv_flops(self.moments, height // STRIDE, width // STRIDE)
+        return _level_flops(self, height, width)
 
 
 class LiteVAEDecoder(nn.Module):
@@ -127,12 +122,7 @@ class LiteVAEDecoder(nn.Module):
 
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
-        count = 0
-        for level, factor in (("2", 4), ("3", 8), ("4", 16)):
-            for name, module in self.named_children():
-                if name.endswith(level):
-                    count += conv_flops(module, height // factor, width // factor)
-        return count
+        return _level_flops(self, height, width)
 
 
 class LiteVAE(nn.Module):
@@ -155,6 +145,15 @@ class LiteVAE(nn.Module):
     def flops(self, height: int = 256, width: int = 256) -> int:
         """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only)."""
         return self.encoder.flops(height, width) + self.decoder.flops(height, width)
+
+
+def _level_flops(module: nn.Module, height: int, width: int) -> int:
+    """FLOPs of parts whose names end in their Haar level, n working at 1/2ⁿ; others at 1/16."""
+    count = 0
+    for name, part in module.named_children():
+        level = int(name[-1]) if name[-1].isdigit() else 4
+        count += conv_flops(part, height >> level, width >> level)
+    return count
 
 
 def _blocks(channels: int, count: int) -> nn.Sequential:

@@ -114,7 +114,7 @@ class LatentPosterior:
 
 
 class ParScaleEAR(LiteVAE):
-    """The autoencoder: 256×256 RGB → 32×16×16 → 256×256, 1.8 M parameters.
+    """The autoencoder: 256×256 RGB → 32×16×16 → 256×256, 1.7 M parameters.
 
     Images are (B, 3, H, W) in [−1, 1], H and W multiples of 16; latents are (B, 32, H/16, W/16).
     With ``config.hybrid`` None it is the LiteVAE alone (the baseline) and ``enhance`` hands the
@@ -156,8 +156,8 @@ class ParScaleEAR(LiteVAE):
         """Encodes images.
 
         Args:
-            images: (B, 3, H, W) in [−1, 1]; H and W multiples of 16; in the model's dtype, or any
-                floating dtype under autocast; on the model's device.
+            images: (B, 3, H, W) in [−1, 1]; H and W multiples of 16; in the model's dtype, or
+                float32, float16 or bfloat16 under autocast; on the model's device.
             check_finite: also look for NaN and infinity (waits for the device).
 
         Returns:
@@ -251,10 +251,11 @@ class ParScaleEAR(LiteVAE):
             raise ValueError(
                 f"{name} must be on the model's device, {weight.device}, got {x.device}"
             )
-        if not x.is_floating_point() or (x.dtype != weight.dtype and not autocasts(x)):
+        half_or_float = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        if x.dtype != weight.dtype and not (half_or_float and autocasts(x)):
             raise ValueError(
-                f"{name} must have the model's dtype, {weight.dtype} (or any floating dtype under "
-                f"torch.autocast), got {x.dtype}"
+                f"{name} must have the model's dtype, {weight.dtype} (or float32, float16 or "
+                f"bfloat16 under torch.autocast), got {x.dtype}"
             )
         if check_finite and not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
@@ -366,7 +367,7 @@ class ParScaleEAR(LiteVAE):
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise checkpoint.CheckpointError(f"{path}: {reason}") from error
-        device = torch.device(device or "cpu")
+        device = torch.device("cpu" if device is None else device)
         if dtype is None:
             dtype = torch.float16 if device.type == "cuda" else torch.float32
         return model.to(device, dtype).eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 from parscale_ear.autoencoder.hybrid import BRANCHES
 from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import pad_to_multiple, to_uint8
+from parscale_ear.data.images import from_uint8, pad_to_multiple, to_uint8
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def reconstruct_pictures(
     weight = next(model.parameters())
     restored = []
     for part in torch.split(pictures, batch_size):
-        images = part.to(weight.device).float().div(127.5).sub(1.0)  # (B, 3, H, W)
+        images = from_uint8(part.to(weight.device))  # (B, 3, H, W)
         images = images.to(weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
             restored.append(to_uint8(model(images, branches=branches)).cpu())

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from parscale_ear.data.images import ImageError, ImageRef
+from parscale_ear.data.images import ImageError, ImageRef, from_uint8
 
 MAX_TRIES = 1000
 log = logging.getLogger(__name__)
 
 
 class RandomCrops:
-    """Square crops of a set of pictures; every pixel is equally likely to be the corner.
+    """Square crops of a set of pictures; a picture is drawn the more often the larger it is.
 
     Half of the crops are taken at the pictures' own scale; the other half is up to
     ``max_reduction`` times larger and reduced by Lanczos. Half are mirrored.
@@ -34,7 +34,7 @@ class RandomCrops:
         side: int,
         seed: int = 0,
         max_reduction: float = 1.4,
-        cache_gib: float = 4.0,
+        cache_gib: float = 2.0,
     ) -> None:
         """Reads the size of every picture; a damaged or too small one is left out, and logged.
 
@@ -113,7 +113,7 @@ class RandomCrops:
             crops[filled] = self._crop(pixels, rng)
             filled += 1
         images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, side, side)
-        return images.float().div_(127.5).sub_(1.0)
+        return from_uint8(images)
 
     def _crop(self, pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]

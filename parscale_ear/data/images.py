@@ -6,6 +6,7 @@ Shapes: B batch, H W pixels.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from parscale_ear.checkpoint import atomic_path
 
+log = logging.getLogger(__name__)
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
 
@@ -148,12 +150,17 @@ def output_names(refs: Sequence[ImageRef]) -> list[str]:
 def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
     """8-bit RGB, (H, W, 3) → (3, H, W), FP32 in [−1, 1]."""
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0).contiguous()
+    return from_uint8(pixels.permute(2, 0, 1)).contiguous()
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """[−1, 1] → 8 bits, clamped and rounded, as a PNG would hold it. Any shape and dtype."""
     return images.float().clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
+
+
+def from_uint8(pictures: Tensor) -> Tensor:
+    """8 bits → [−1, 1], FP32. Any shape."""
+    return pictures.float().div_(127.5).sub_(1.0)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -179,6 +186,27 @@ def resize_and_crop(picture: Image.Image, side: int = 256) -> Image.Image:
     picture = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.crop((left, top, left + side, top + side))
+
+
+def load_squares(refs: Iterable[ImageRef], side: int = 256) -> Tensor:
+    """Pictures by the protocol of :func:`resize_and_crop`: (N, 3, side, side), 8-bit.
+
+    Damaged pictures are left out, and logged.
+
+    Raises:
+        ImageError: none is left.
+    """
+    squares = []
+    for ref in refs:
+        try:
+            square = resize_and_crop(ref.load(), side)
+        except ImageError as error:
+            log.warning("skipped %s", error)
+            continue
+        squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+    if not squares:
+        raise ImageError("none of the pictures can be read")
+    return torch.stack(squares)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -29,6 +29,7 @@ from parscale_ear.data.images import (
 from parscale_ear.data.images import to_tensor as picture_to_tensor
 
 SIDE = 256
+LEAST = 4  # pictures that a distance between two halves needs
 SHORT_SIDES = (256, 320, 400, 512)  # a crop's photograph is resized to one of these, never up
 
 # (package, file inside it, scene, first 16 digits of the SHA-256)
@@ -104,10 +105,10 @@ def wheel_reference(count: int = 256) -> ReferenceSet:
 
     Raises:
         ImageError: a photograph is missing or changed.
-        ValueError: ``count`` is below 2.
+        ValueError: ``count`` is below 4.
     """
-    if count < 2:
-        raise ValueError(f"at least 2 crops are needed, got {count}")
+    if count < LEAST:
+        raise ValueError(f"at least {LEAST} crops are needed, got {count}")
     photographs = wheel_photographs()
     scenes = sorted({scene for scene, _ in photographs})
     generators = [np.random.default_rng([0, which]) for which in range(len(photographs))]
@@ -149,7 +150,7 @@ def directory_reference(folder: Path, count: int) -> ReferenceSet:
     """The first ``count`` pictures under a folder (or in a tar), centre crops by the protocol.
 
     Raises:
-        ImageError: no such folder, no pictures in it, or fewer than two usable ones.
+        ImageError: no such folder, no pictures in it, or fewer than four usable ones.
     """
     return _from_refs(find_images([folder]), count, f"the folder {folder.name}")
 
@@ -190,8 +191,8 @@ def _from_refs(refs: list[ImageRef], count: int, source: str) -> ReferenceSet:
             continue
         pictures.append(to_uint8(picture_to_tensor(crop)))
         names.append(ref.stem)
-    if len(pictures) < 2:
-        raise ImageError(f"{source}: at least two readable pictures are needed")
+    if len(pictures) < LEAST:
+        raise ImageError(f"{source}: at least {LEAST} readable pictures are needed")
     warnings = []
     if len(pictures) < count:
         warnings.append(f"only {len(pictures)} of the {count} pictures asked for")
@@ -223,10 +224,10 @@ def load_reference(
 
     Raises:
         ImageError: they cannot be had.
-        ValueError: ``name`` is unknown or ``count`` is below 2.
+        ValueError: ``name`` is unknown or ``count`` is below 4.
     """
-    if count < 2:
-        raise ValueError(f"at least 2 pictures are needed, got {count}")
+    if count < LEAST:
+        raise ValueError(f"at least {LEAST} pictures are needed, got {count}")
     if directory is not None:
         return directory_reference(directory, count)
     if name == "imagenette":

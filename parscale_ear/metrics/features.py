@@ -10,7 +10,9 @@ Shapes: N pictures, H W pixels, D features.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeatureChoice = Literal["auto", "inception", "efficientnet-lite0"]
+DOWNLOAD_TIMEOUT_S = 20.0  # of silence
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -103,7 +106,8 @@ class Inception:
         _check_digest(weights)
         self.device = torch.device(device)
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        # pytorch-fid takes its weights from a URL only; it is handed the file's content instead.
+        # pytorch-fid takes its weights from a URL only, so its loader is exchanged for the length
+        # of one call: the one patched global of this package.
         loader, inception.load_state_dict_from_url = (
             inception.load_state_dict_from_url,
             lambda *_, **__: state,
@@ -155,16 +159,19 @@ def inception_weights(named: Path | None = None, *, download: bool = True) -> Pa
 
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
+    timeout = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(part), progress=True)
         _check_digest(part)
         part.replace(cached)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise FeatureError(
             f"Inception's weights could not be downloaded ({type(error).__name__}); put "
             f"{INCEPTION_FILE} into {cached.parent} or name it with --inception-weights"
         ) from error
     finally:
+        socket.setdefaulttimeout(timeout)
         part.unlink(missing_ok=True)
     return cached
 

@@ -75,6 +75,10 @@ def clustered_bootstrap(
     """Percentile intervals from resampling whole clusters with replacement.
 
     Crops of one photograph are not independent, so a photograph is drawn with all of its crops.
+    A draw repeats samples, and a Fréchet distance of fewer different samples is larger; so the
+    draws are moved to have the whole sample's figure as their mean (the bootstrap's estimate of
+    its own bias is taken out; Efron and Tibshirani, 1993, chapter 10).
+
     Statistics that are computed from the same draw are paired: pass a difference as one of them.
 
     Args:
@@ -104,7 +108,9 @@ def clustered_bootstrap(
         if progress is not None:
             progress()
     tail = 50 * (1 - level)
-    low, high = np.percentile(np.asarray(draws, dtype=np.float64), [tail, 100 - tail], axis=0)
+    spread = np.asarray(draws, dtype=np.float64)
+    spread += values - spread.mean(axis=0)
+    low, high = np.percentile(spread, [tail, 100 - tail], axis=0)
     return [
         Interval(float(v), float(a), float(b), level)
         for v, a, b in zip(values, low, high, strict=True)

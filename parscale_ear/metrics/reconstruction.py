@@ -61,6 +61,14 @@ def ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
     return np.asarray(values, dtype=np.float64)
 
 
+def mean_quality(pictures: Tensor, references: Tensor) -> dict[str, float]:
+    """Means over pictures: ``psnr_db`` and ``ssim``."""
+    return {
+        "psnr_db": float(psnr(pictures, references).mean()),
+        "ssim": float(ssim(pictures, references).mean()),
+    }
+
+
 def _check(pictures: Tensor, references: Tensor) -> None:
     if pictures.shape != references.shape or pictures.ndim != 4:
         raise ValueError(

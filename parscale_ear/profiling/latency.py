@@ -1,8 +1,8 @@
 """Latency, measured so that it can be believed.
 
 CUDA: events around every run and one synchronisation at the end. CPU: wall clock around every
-run, after the practice of ``torch.utils.benchmark``: a fixed thread count, warm-up apart, all runs
-kept. Percentiles are over single runs.
+run, after the practice of ``torch.utils.benchmark``: warm-up apart, all runs kept, the thread
+count reported (PyTorch's own, which the caller may set). Percentiles are over single runs.
 """
 
 from __future__ import annotations

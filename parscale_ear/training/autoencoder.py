@@ -8,6 +8,7 @@ them is fair.
 A run's folder::
 
     RUN/recipe.json                     what was asked for
+    RUN/latent.json                     normalisation of the latent, shared by the later stages
     RUN/{vae,baseline,hybrid}/          checkpoint, log.jsonl, validation pictures
     RUN/{vae,baseline,hybrid}.safetensors   averaged weights (FP32), when the stage is done
     RUN/curves.png
@@ -16,12 +17,11 @@ A run's folder::
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,14 +34,13 @@ from parscale_ear.data.images import (
     ImageRef,
     find_images,
     grid,
-    resize_and_crop,
+    load_squares,
     save_png,
-    to_tensor,
-    to_uint8,
 )
-from parscale_ear.metrics.reconstruction import psnr, ssim
+from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.loop import LoopConfig, Precision, Run, TrainingError, read_log
 from parscale_ear.training.losses import log_mse_loss
+from parscale_ear.training.optimizer import build_optimizer
 
 STAGES = ("vae", "baseline", "hybrid")
 SHARES = {"vae": 0.7, "baseline": 0.15, "hybrid": 0.15}  # of the whole time
@@ -80,8 +79,10 @@ class Recipe:
             value = getattr(self, name)
             if value < 16 or value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        for name, least in (("batch", 1), ("seed", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("learning_rate", "decoder_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -100,7 +101,7 @@ class Recipe:
         """The loop of one stage."""
         share = SHARES[stage]
         return LoopConfig(
-            minutes=None if self.minutes is None or self.steps else self.minutes * share,
+            minutes=None if self.minutes is None else self.minutes * share,
             steps=None if self.steps is None else max(1, round(self.steps * share)),
             learning_rate=self.learning_rate if stage == "vae" else self.decoder_rate,
             precision=self.precision,
@@ -158,10 +159,7 @@ class AutoencoderTask:
         )
         shown = [self.validation[:PICTURES_SHOWN], restored[:PICTURES_SHOWN]]
         save_png(grid([list(row) for row in shown]), self.folder / f"validation_{step:07d}.png")
-        return {
-            "psnr_db": float(np.mean(psnr(restored, self.validation))),
-            "ssim": float(np.mean(ssim(restored, self.validation))),
-        }
+        return mean_quality(restored, self.validation)
 
 
 def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> bool:
@@ -180,8 +178,9 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         ImageError: there are no usable pictures.
     """
     _check_claim(recipe, out, resume)
+    build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
     training, validation = _split(recipe)
-    pictures = _load(validation)
+    pictures = load_squares(validation)
     stages = [stage for stage in STAGES if not (out / f"{stage}.safetensors").exists()]
     # All mistakes in the pictures show now, before anything is written.
     sides = {recipe.crops(stage)[0] for stage in stages}
@@ -191,6 +190,8 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         weights = out / f"{stage}.safetensors"
         side, batch = recipe.crops(stage)
         crops = sources[side]
+        for unused in set(sources) - {recipe.crops(s)[0] for s in stages[stages.index(stage) :]}:
+            del sources[unused]  # and the pictures in its cache
         torch.manual_seed(recipe.seed)
         model = _prepare(stage, out, crops, batch, recipe)
         folder = out / stage
@@ -227,14 +228,9 @@ def _split(recipe: Recipe) -> tuple[list[ImageRef], list[ImageRef]]:
     images = find_images(recipe.images)
     if recipe.validation:
         return images, find_images(recipe.validation)
-    every = max(2, len(images) // HELD_OUT)
-    training = [ref for index, ref in enumerate(images) if index % every != every - 1]
-    return training, images[every - 1 :: every] or images
-
-
-def _load(refs: Sequence[ImageRef]) -> Tensor:
-    """Validation pictures, (N, 3, 256, 256), 8-bit."""
-    return torch.stack([to_uint8(to_tensor(resize_and_crop(ref.load()))) for ref in refs])
+    every = max(10, -(-len(images) // HELD_OUT))
+    training = [ref for index, ref in enumerate(images) if index % every]
+    return training or images, images[::every]
 
 
 def _prepare(stage: str, out: Path, crops: RandomCrops, batch: int, recipe: Recipe) -> ParScaleEAR:
@@ -244,7 +240,7 @@ def _prepare(stage: str, out: Path, crops: RandomCrops, batch: int, recipe: Reci
         model = ParScaleEAR(ParScaleEARConfig(hybrid=None))
         return model.to(device).train()
     vae = ParScaleEAR.from_pretrained(out / "vae.safetensors", device=device, dtype=torch.float32)
-    mean, std = latent_statistics(vae, crops, batch)
+    mean, std = _normalisation(vae, out, crops, batch)
     config = replace(
         vae.config,
         latent_mean=mean,
@@ -256,6 +252,18 @@ def _prepare(stage: str, out: Path, crops: RandomCrops, batch: int, recipe: Reci
     model.decoder.load_state_dict(vae.decoder.state_dict())
     model.encoder.requires_grad_(False)
     return model.to(device).train()
+
+
+def _normalisation(
+    vae: ParScaleEAR, out: Path, crops: RandomCrops, batch: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every latent channel: measured once a run, then read from its folder."""
+    path = out / "latent.json"
+    if not path.exists():
+        mean, std = latent_statistics(vae, crops, batch)
+        checkpoint.write_text(path, json.dumps({"mean": mean, "std": std}, indent=1) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(found["mean"]), tuple(found["std"])
 
 
 @torch.inference_mode()

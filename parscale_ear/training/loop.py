@@ -78,7 +78,7 @@ class LoopConfig:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
         length = self.minutes if self.steps is None else self.steps
-        if length is None or length <= 0:
+        if length is None or not 0 < length < math.inf:
             raise ValueError(f"the length of a training must be above 0, got {length}")
 
 
@@ -137,6 +137,8 @@ class Run:
         if path.exists():
             self._restore(path)
         out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob(f".{CHECKPOINT_FILE}.*.part"):  # of a save that a kill cut off
+            part.unlink()
         _truncate_log(out / LOG_FILE, self.progress.step)
 
     # --- training ---
@@ -151,6 +153,7 @@ class Run:
         config, progress = self.config, self.progress
         self._clock = time.monotonic() - progress.seconds
         saved = validated = progress.seconds
+        figures: dict[str, Tensor | float] | None = None
         length = config.steps or int(60 * (config.minutes or 0)) or 1
         with _stop_signal() as stop, self._bar(length) as bar:
             while progress.fraction(config) < 1 and not stop.is_set():
@@ -162,14 +165,18 @@ class Run:
                 bar.set_postfix(step=progress.step, refresh=False)
                 bar.update(0)
                 if progress.step % config.log_steps == 0:
+                    self._check_loss(figures["loss"])
                     self._log({name: float(value) for name, value in figures.items()})
                 if progress.seconds - validated >= 60 * config.validate_minutes:
                     validated = progress.seconds
                     self._log(self.task.validate(self.average, progress.step))
                 if progress.seconds - saved >= 60 * config.checkpoint_minutes:
                     saved = progress.seconds
+                    self._check_loss(figures["loss"])
                     self.save()
             progress.seconds = time.monotonic() - self._clock
+            if figures is not None:
+                self._check_loss(figures["loss"])
             self.save()
         finished = progress.fraction(config) >= 1
         if finished:
@@ -211,14 +218,18 @@ class Run:
             "minutes": round(self.progress.seconds / 60, 3),
             **figures,
         }
-        bad = [name for name, value in figures.items() if not math.isfinite(float(value))]
-        if "loss" in bad:
-            raise TrainingError(
-                f"the loss became {figures['loss']} at step {self.progress.step}; go back to the "
-                "last checkpoint with --resume and a lower --learning-rate"
-            )
+        for name, value in line.items():  # JSON has no infinity
+            line[name] = value if math.isfinite(value) else None
         with open(self.out / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _check_loss(self, loss: Tensor | float) -> None:
+        """Stops before weights that are spoilt are saved."""
+        if not math.isfinite(float(loss)):
+            raise TrainingError(
+                f"the loss became {float(loss)} at step {self.progress.step}; start again in a new "
+                "folder with a lower --learning-rate"
+            )
 
     # --- checkpoints ---
 

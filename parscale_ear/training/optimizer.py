@@ -28,6 +28,6 @@ def build_optimizer(parameters: Iterable[nn.Parameter], rate: float) -> torch.op
         from timm.optim.muon import Muon
     except ImportError as error:
         raise ModuleNotFoundError(
-            "training needs timm >= 1.0.20: pip install 'parscale-ear[train]'"
+            "training needs timm >= 1.0.21: pip install 'timm>=1.0.21' (the extra 'train')"
         ) from error
     return Muon(list(parameters), lr=rate, weight_decay=0.0)

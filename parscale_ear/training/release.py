@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -23,14 +22,8 @@ from tqdm import tqdm
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
-from parscale_ear.data.images import (
-    ImageError,
-    find_images,
-    resize_and_crop,
-    to_tensor,
-    to_uint8,
-)
-from parscale_ear.metrics.reconstruction import psnr, ssim
+from parscale_ear.data.images import ImageError, find_images, load_squares
+from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.autoencoder import Recipe
 
 VARIANTS = ("baseline", "hybrid")
@@ -43,10 +36,7 @@ def measure(model: ParScaleEAR, pictures: Tensor, name: str) -> dict[str, float]
     """Mean PSNR (dB) and SSIM over 8-bit pictures, (N, 3, 256, 256), in the model's dtype."""
     with tqdm(total=len(pictures), desc=name) as bar:
         restored = reconstruct_pictures(model, pictures, progress=bar.update)
-    return {
-        "psnr_db": round(float(np.mean(psnr(restored, pictures))), 3),
-        "ssim": round(float(np.mean(ssim(restored, pictures))), 4),
-    }
+    return {key: round(value, 4) for key, value in mean_quality(restored, pictures).items()}
 
 
 def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
@@ -65,11 +55,15 @@ def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[s
         ImageError: no pictures.
         ValueError: the card lacks its marks.
     """
-    pictures = torch.stack(
-        [to_uint8(to_tensor(resize_and_crop(ref.load()))) for ref in find_images(validation)]
-    )
+    pictures = load_squares(find_images(validation))
     card = (out / CARD).read_text(encoding="utf-8")
     with_figures(card, {})  # fails now rather than half-way
+    spaces = {
+        checkpoint.load(run / f"{variant}.safetensors")[1].get("latent_fingerprint")
+        for variant in VARIANTS
+    }
+    if len(spaces) > 1:
+        raise ValueError(f"{run}: its two models do not share one latent space; train them again")
     encoder_stage = checkpoint.load(run / "vae.safetensors")[1]["training"]
     facts: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:

@@ -97,6 +97,7 @@ class TestValidation:
             (lambda r: r["latency"].update(quick=False), "different quick"),
             (lambda r: r["fid"]["settings"].update(num_samples=9), "different pictures"),
             (lambda r: r["fid"]["figures"]["reference"].update(sha256="0"), "different pictures"),
+            (lambda r: r["fid"]["figures"].update(features="inception"), "or features"),
             (lambda r: r["sanity"]["targets"][0].update(status="MISSED"), "does not follow"),
         ],
     )
@@ -157,12 +158,16 @@ class TestTargets:
         compared = {"ratio_p50": 12.0}
         targets = ci.latency._targets(torch.device("cpu"), rows, compared, "", False)
         assert [t.status for t in targets] == ["SKIPPED", "PASS"]
-        targets = ci.latency._targets(torch.device("cuda"), rows, None, "no diffusers", False)
-        assert [t.status for t in targets] == ["PASS", "SKIPPED"]
-        compared = {"ratio_p50": 9.9}
-        rows = [{"p99_ms_per_image": 1.1}]
         targets = ci.latency._targets(torch.device("cuda"), rows, compared, "", False)
-        assert [t.status for t in targets] == ["MISSED", "MISSED"]
+        assert [t.status for t in targets] == ["PASS", "SKIPPED"]
+        rows = [{"p99_ms_per_image": 1.1}]
+        targets = ci.latency._targets(torch.device("cuda"), rows, None, "", False)
+        assert [t.status for t in targets] == ["MISSED", "SKIPPED"]
+        compared = {"ratio_p50": 9.9}
+        targets = ci.latency._targets(torch.device("cpu"), rows, compared, "", False)
+        assert [t.status for t in targets] == ["SKIPPED", "MISSED"]
+        targets = ci.latency._targets(torch.device("cpu"), rows, None, "no diffusers", False)
+        assert [(t.status, t.why) for t in targets][1] == ("SKIPPED", "no diffusers")
 
 
 class TestWrongUse:
@@ -178,7 +183,7 @@ class TestWrongUse:
         "arguments",
         [
             ["ci/fid_eval.py", "--ref-dir", "nothing"],
-            ["ci/fid_eval.py", "--inception-weights", "nothing"],
+            ["ci/fid_eval.py", "--inception-weights", "nothing", "--num-samples", "4"],
             ["ci/fid_eval.py", "--num-samples", "1"],
             ["ci/fid_eval.py", "--num-samples", "many"],
             ["ci/latency.py", "--device", "cuda:99"],

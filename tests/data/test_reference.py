@@ -38,7 +38,7 @@ def test_a_changed_photograph_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     package, name, scene, _ = reference.WHEEL_PHOTOGRAPHS[0]
     monkeypatch.setattr(reference, "WHEEL_PHOTOGRAPHS", ((package, name, scene, "0" * 16),))
     with pytest.raises(ImageError, match="another version"):
-        wheel_reference(2)
+        wheel_reference(4)
 
 
 def test_a_directory(folder_of_pictures: Path) -> None:
@@ -47,12 +47,12 @@ def test_a_directory(folder_of_pictures: Path) -> None:
     assert found.pictures.shape == (6, 3, 256, 256)
     assert "6 of the 10" in found.warning
     assert "broken" in found.warning
-    assert load_reference(3, directory=folder_of_pictures).warning == ""
+    assert load_reference(4, directory=folder_of_pictures).warning == ""
 
 
 def test_a_directory_with_too_little(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300)).save(tmp_path / "only.png")
-    with pytest.raises(ImageError, match="at least two"):
+    with pytest.raises(ImageError, match="at least 4"):
         load_reference(10, directory=tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_no_network_for_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_wrong_use() -> None:
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 4"):
         load_reference(1)
     with pytest.raises(ValueError, match="wheels or imagenette"):
         load_reference(5, name="coco")

@@ -76,6 +76,14 @@ class TestBootstrap:
             covered += interval.low <= 0 <= interval.high
         assert 86 <= covered <= 99
 
+    def test_an_interval_of_a_distance_holds_the_distance(self) -> None:
+        x, y = features(104, 100), features(104, 100) * 1.1
+        clusters = np.arange(104) % 13
+        (interval,) = clustered_bootstrap(
+            lambda i: [frechet_distance(x[i], y[i])], clusters.tolist(), repeats=50
+        )
+        assert interval.low < interval.value < interval.high
+
     def test_takes_clusters_whole(self) -> None:
         seen = []
         clustered_bootstrap(lambda i: [float(seen.append(i) or 0)], [0, 0, 1, 1, 1, 2], repeats=50)

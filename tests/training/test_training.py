@@ -115,8 +115,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
             loss, figures = super().loss(step)
             return loss * float("nan"), figures
 
-    with pytest.raises(TrainingError, match="the loss became nan"):
-        Run(Broken(), config(), tmp_path / "run").train()
+    for steps in (40, 3):  # seen at a line of the log, and at the end
+        with pytest.raises(TrainingError, match="the loss became nan"):
+            Run(Broken(), config(steps), tmp_path / str(steps)).train()
+        assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
 
 
 def test_learning_rate() -> None:
@@ -127,7 +129,10 @@ def test_learning_rate() -> None:
     assert learning_rate(minutes, Progress(step=500, seconds=30)) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("length", [{}, {"minutes": 1, "steps": 1}, {"steps": 0}, {"minutes": -1}])
+@pytest.mark.parametrize(
+    "length",
+    [{}, {"minutes": 1, "steps": 1}, {"steps": 0}, {"minutes": -1}, {"minutes": float("nan")}],
+)
 def test_length(length: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"minutes|length"):
         LoopConfig(**length)  # type: ignore[arg-type]
@@ -199,7 +204,15 @@ def test_autocast_trains_too(folder_of_pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"crop": 40}, {"final_crop": 0}, {"batch": 0}, {"learning_rate": 0.0}]
+    "changes",
+    [
+        {"crop": 40},
+        {"final_crop": 0},
+        {"batch": 0},
+        {"learning_rate": 0.0},
+        {"steps": -5},
+        {"seed": -1},
+    ],
 )
 def test_recipe_names_the_bad_field(tmp_path: Path, changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -243,6 +256,7 @@ def test_killed_at_any_moment_it_resumes_exactly(folder_of_pictures: Path, tmp_p
         ours, theirs = (checkpoint.load(out / stage / CHECKPOINT_FILE)[0] for out in (parts, whole))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert not list((parts / stage).glob(".*.part"))
         steps = [line["step"] for line in read_log(parts / stage) if "loss" in line]
         assert steps == list(range(1, len(steps) + 1))
     assert json.loads((parts / "recipe.json").read_text())["steps"] == 40
