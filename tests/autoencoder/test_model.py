@@ -305,9 +305,9 @@ class TestShippedWeights:
         with torch.inference_mode():
             here = shipped.encode(x[..., :-16]).mode()
             there = shipped.encode(x[..., 16:]).mode()
-        inner = slice(4, -4)
+        # Convolutions reach 3 positions at 1/16, 2 at 1/8 and 3 at 1/4: 4.75 latent positions.
         torch.testing.assert_close(
-            here[..., inner, 5:-4], there[..., inner, 4:-5], atol=1e-3, rtol=1e-3
+            here[..., 5:-5, 6:-5], there[..., 5:-5, 5:-6], atol=1e-4, rtol=1e-4
         )
 
 
