@@ -47,16 +47,23 @@ class Target:
     why: str = ""  # of a SKIPPED, or what to keep in mind
 
 
+def number(value: float | None) -> str:
+    """A figure as a table shows it; empty where nothing was measured."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
 def at_most(name: str, value: float, limit: float, unit: str = "", why: str = "") -> Target:
     """A target that a figure must not exceed; NaN misses it."""
     status = "PASS" if value <= limit else "MISSED"
-    return Target(name, status, value, f"≤ {limit:g}{unit and ' ' + unit}", why)
+    return Target(name, status, value, f"≤ {number(limit)}{unit and ' ' + unit}", why)
 
 
 def at_least(name: str, value: float, limit: float, unit: str = "", why: str = "") -> Target:
     """A target that a figure must reach; NaN misses it."""
     status = "PASS" if value >= limit else "MISSED"
-    return Target(name, status, value, f"≥ {limit:g}{unit and ' ' + unit}", why)
+    return Target(name, status, value, f"≥ {number(limit)}{unit and ' ' + unit}", why)
 
 
 def holds(name: str, condition: bool, why: str = "") -> Target:
@@ -193,14 +200,10 @@ def finish(
     print(f"\n{milestone} {title}: {report['verdict']}  ({fields['device']}, {fields['dtype']})")
     table(
         ("target", "value", "limit", "status", ""),
-        [(t.name, _number(t.value), t.limit, t.status, t.why) for t in targets],
+        [(t.name, number(t.value), t.limit, t.status, t.why) for t in targets],
     )
     print(json.dumps(report))
     return MISSED if report["verdict"] == "MISSED" else PASSED
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def _without_nan(value: Any) -> Any:
@@ -275,6 +278,7 @@ __all__ = [
     "device_name",
     "finish",
     "holds",
+    "number",
     "parser",
     "positive_int",
     "progress",

@@ -108,12 +108,11 @@ def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
             rows.append((milestone, name, "", "", "SKIPPED", "no report"))
             continue
         for target in report["targets"]:
-            value = "" if target["value"] is None else f"{target['value']:.4g}"
             rows.append(
                 (
                     milestone,
                     target["name"],
-                    value,
+                    ci.number(target["value"]),
                     target["limit"],
                     target["status"],
                     target["why"],

@@ -150,6 +150,7 @@ def _add_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     model.add_argument("--learning-rate", type=float, default=1e-3)
     model.add_argument("--decoder-rate", type=float, default=7e-4)
     model.add_argument("--kl-weight", type=float, default=1e-4)
+    model.add_argument("--ssim-weight", type=float, default=0.1, help="after the first stage")
     model.add_argument("--seed", type=int, default=0)
     model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -161,7 +162,8 @@ def _train_autoencoder(arguments: argparse.Namespace) -> int:
     from parscale_ear.training.autoencoder import Recipe, train_autoencoder
     from parscale_ear.training.loop import TrainingError
 
-    fields = ("crop", "final_crop", "batch", "learning_rate", "decoder_rate", "kl_weight", "seed")
+    sizes = ("crop", "final_crop", "batch", "seed")
+    rates = ("learning_rate", "decoder_rate", "kl_weight", "ssim_weight")
     recipe = Recipe(
         images=tuple(arguments.images),
         validation=tuple(arguments.validation),
@@ -169,7 +171,7 @@ def _train_autoencoder(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         precision=arguments.precision,
         device=str(resolve_device(arguments.device)),
-        **{name: getattr(arguments, name) for name in fields},
+        **{name: getattr(arguments, name) for name in (*sizes, *rates)},
     )
     try:
         finished = train_autoencoder(recipe, arguments.out, resume=arguments.resume)

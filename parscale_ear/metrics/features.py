@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+log = logging.getLogger(__name__)
 FeatureChoice = Literal["auto", "inception", "efficientnet-lite0"]
 DOWNLOAD_TIMEOUT_S = 20.0  # of silence
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -190,7 +192,8 @@ def load_extractor(
         weights: file with Inception's weights.
 
     Returns:
-        The extractor, and a note on why it was taken (empty when it was asked for by name).
+        The extractor, and a note for a report on why it was taken (empty when it was asked for by
+        name; with no path of this machine in it, which goes to the log).
 
     Raises:
         FeatureError: it cannot be had.
@@ -208,4 +211,6 @@ def load_extractor(
     except FeatureError as error:
         if weights is not None:
             raise
-        return EfficientNetLite0(device), f"Inception is not to be had here: {error}"
+        log.warning("Inception is not to be had here: %s", error)
+        note = "Inception's weights are not in the torch cache and could not be downloaded"
+        return EfficientNetLite0(device), note

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _FLOOR = 1e-4  # squared error below which a picture counts as good enough (46 dB)
 _SCALE = 0.1  # brings the gradient to the size of a mean absolute error's
+_SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # of the Gaussian window, pixels
 
 
 def log_mse_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -20,3 +22,39 @@ def log_mse_loss(output: Tensor, target: Tensor) -> Tensor:
     """
     squares = (output.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
     return _SCALE * (squares + _FLOOR).log().mean()
+
+
+def _blur_matrix(side: int, device: torch.device) -> Tensor:
+    """The Gaussian window as a matrix, (side − 10, side).
+
+    On a CPU a matrix product is ten times faster here than a convolution with one channel.
+    """
+    centres = torch.arange(_SSIM_RADIUS, side - _SSIM_RADIUS, device=device)[:, None]
+    offsets = torch.arange(side, device=device) - centres  # (side − 10, side)
+    window = torch.exp(-offsets.float().square() / (2 * _SSIM_SIGMA**2))
+    window = window * (offsets.abs() <= _SSIM_RADIUS)
+    return window / window.sum(dim=1, keepdim=True)
+
+
+def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
+    """``1 − SSIM`` with gradients, mean over channels and pictures; a scalar, in FP32.
+
+    Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"
+    (2004); a Gaussian window of σ 1.5, only where it lies whole inside the picture, as the figure
+    in ``metrics.reconstruction.ssim`` has it.
+
+    Args:
+        output: (B, 3, H, W), H and W at least 11.
+        target: (B, 3, H, W) in [−1, 1].
+    """
+    with torch.autocast(output.device.type, enabled=False):
+        # Means count in SSIM, so pixels must start at 0: [0, 1].
+        x, y = (0.5 + 0.5 * side.float().contiguous() for side in (output, target))
+        down, across = _blur_matrix(x.shape[-2], x.device), _blur_matrix(x.shape[-1], x.device)
+        moments = down @ torch.cat((x, y, x * x, y * y, x * y)) @ across.T
+        mean_x, mean_y, xx, yy, xy = moments.chunk(5)  # (B, 3, H − 10, W − 10) each
+        variances = xx - mean_x.square() + yy - mean_y.square()
+        covariance = xy - mean_x * mean_y
+        c1, c2 = 0.01**2, 0.03**2
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+        return 1 - (luminance * (2 * covariance + c2) / (variances + c2)).mean()

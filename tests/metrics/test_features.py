@@ -75,7 +75,12 @@ class TestInception:
         with pytest.raises(FeatureError, match=str(tmp_path)):
             inception_weights(download=False)
 
-    def test_auto_falls_back_by_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_auto_falls_back_by_name(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
         def no_network(*_: object, **__: object) -> None:
@@ -84,7 +89,9 @@ class TestInception:
         monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
         found, note = load_extractor("auto")
         assert found.distance == "FD-EfficientNetLite0"
-        assert "--inception-weights" in note
+        assert "could not be downloaded" in note
+        assert str(tmp_path) not in note  # it goes into reports
+        assert "--inception-weights" in caplog.text
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 

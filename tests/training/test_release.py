@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,34 @@ def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> 
         assert f"| {name} | {figures['psnr_db']:.2f} | {figures['ssim']:.4f} |" in card
     assert card.startswith("# Card\n")
     assert card.endswith("end\n")
+
+
+def test_several_runs_are_averaged(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for name in release.VARIANTS:
+        model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors")
+        with torch.no_grad():
+            model.decoder.bands2.bias += 1
+        _, header = checkpoint.load(run / f"{name}.safetensors")
+        model.save_pretrained(other / f"{name}.safetensors", training=header["training"])
+    (tmp_path / "README.md").write_text(CARD)
+    release.release([run, other], [str(run.parent)], tmp_path)
+    ours = ParScaleEAR.from_pretrained(tmp_path / "hybrid.safetensors").decoder.bands2.bias
+    first = ParScaleEAR.from_pretrained(run / "hybrid.safetensors").decoder.bands2.bias
+    torch.testing.assert_close(ours, first + 0.5, atol=1e-3, rtol=1e-3)
+
+
+def test_runs_of_two_latent_spaces_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    path = tmp_path / "other" / "hybrid.safetensors"
+    model = ParScaleEAR.from_pretrained(path)
+    with torch.no_grad():
+        model.encoder.level2.bias += 1
+    model.save_pretrained(path, training={})
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match="one latent space"):
+        release.release([run, tmp_path / "other"], [str(run.parent)], tmp_path)
 
 
 def test_mistakes_are_one_line(

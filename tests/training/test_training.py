@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.data.images import from_uint8
+from parscale_ear.metrics.reconstruction import ssim
 from parscale_ear.training.autoencoder import Recipe, train_autoencoder
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
@@ -24,7 +26,7 @@ from parscale_ear.training.loop import (
     learning_rate,
     read_log,
 )
-from parscale_ear.training.losses import log_mse_loss
+from parscale_ear.training.losses import log_mse_loss, ssim_loss
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
 
@@ -144,6 +146,14 @@ def test_log_mse_follows_psnr() -> None:
     ten_times_better = output / 10**0.5
     gain = log_mse_loss(output, target) - log_mse_loss(ten_times_better, target)
     assert gain.item() == pytest.approx(0.1 * 2.3026, rel=0.05)
+
+
+def test_ssim_loss_equals_the_metric(photographs: torch.Tensor) -> None:
+    noise = torch.randint(-20, 21, photographs[:3].shape)
+    damaged = (photographs[:3].int() + noise).clamp(0, 255).to(torch.uint8)
+    ours = ssim_loss(from_uint8(damaged), from_uint8(photographs[:3]))
+    assert 1 - ours.item() == pytest.approx(ssim(damaged, photographs[:3]).mean(), abs=1e-4)
+    assert ssim_loss(from_uint8(damaged), from_uint8(damaged)).item() == pytest.approx(0, abs=1e-6)
 
 
 # --- the autoencoder's recipe ---
