@@ -23,8 +23,6 @@ REPORTS = {  # file → milestone, in the order of the table
     "ablation": "M3-1",
 }
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
-
-
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
 
 
