@@ -77,6 +77,19 @@ class TestReconstruct:
         assert "\n" not in error
         assert not (tmp_path / "out").exists()
 
+    def test_originals_are_never_overwritten(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        own = tmp_path / "a.png"
+        own.write_bytes(photo.read_bytes())
+        assert main(["reconstruct", str(own), "--out", str(tmp_path)]) == 2
+        assert "would overwrite" in capsys.readouterr().err
+        assert own.read_bytes() == photo.read_bytes()
+        (tmp_path / "a_compare.png").write_bytes(photo.read_bytes())
+        out = ["--out", str(tmp_path / "out"), "--compare"]
+        assert main(["reconstruct", str(tmp_path), *out]) == 2
+        assert "comparison" in capsys.readouterr().err
+
     def test_out_that_is_a_file(self, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["reconstruct", str(photo), "--out", str(photo)]) == 2
         assert "name a folder" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+
+from ci._distances import HIGHEST_PSNR, compare
+from parscale_ear.data.reference import ReferenceSet
+
+
+class MeanColour:
+    """Three features that can be worked out by hand."""
+
+    name = distance = "mean colour"
+    dimensions = 3
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.float().mean(dim=(2, 3))
+
+
+def reference() -> ReferenceSet:
+    """Two crops each of four scenes, dealt in turn; the scenes differ, their crops hardly."""
+    shades = torch.tensor([0, 60, 120, 180, 2, 62, 122, 182], dtype=torch.uint8)
+    pictures = shades[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
+    return ReferenceSet(pictures, (0, 1, 2, 3, 0, 1, 2, 3), ("",) * 8, "shades", "")
+
+
+def test_equal_and_shifted_variants() -> None:
+    found = reference()
+    variants = {"same": found.pictures, "lighter": found.pictures + 10}
+    result = compare(found, variants, MeanColour(), against="same", repeats=20, seed=0)
+    same, lighter = result["variants"]["same"], result["variants"]["lighter"]
+    assert same["psnr_db"]["value"] == HIGHEST_PSNR  # exact: no infinity in a report
+    assert abs(same["distance"]["value"]) < 1e-6
+    assert abs(lighter["distance"]["value"] - 3 * 10**2) < 1e-6
+    assert abs(result["differences"]["lighter"]["distance"]["value"] - 300) < 1e-6
+
+
+def test_the_yardstick_halves_every_photograph() -> None:
+    found = reference()
+    result = compare(
+        found, {"same": found.pictures}, MeanColour(), against="same", repeats=2, seed=0
+    )
+    assert abs(result["reference_distance"] - 3 * 2**2) < 1e-6
