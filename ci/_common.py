@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from parscale_ear import __version__, checkpoint
-from parscale_ear.autoencoder.model import shipped_weights
+from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.data.images import ImageError
 from parscale_ear.device import UsageError, resolve_device
 from parscale_ear.metrics.features import FeatureError
@@ -102,7 +102,9 @@ def add_reference_options(result: argparse.ArgumentParser) -> None:
         help="pictures (or CI_FID_SAMPLES; default 280, quick 42)",
     )
     result.add_argument(
-        "--features", choices=("auto", "inception", "efficientnet-lite0"), default="auto"
+        "--features",
+        choices=("auto", "inception", "efficientnet-lite1", "efficientnet-lite0"),
+        default="auto",
     )
     result.add_argument("--inception-weights", type=Path, help="pytorch-fid's weight file")
 
@@ -142,8 +144,8 @@ def source_digest() -> str:
 def weights_digest() -> dict[str, str]:
     """The SHA-256 in the headers of the shipped weights."""
     return {
-        variant: checkpoint.load(shipped_weights(variant))[1]["sha256"]
-        for variant in ("baseline", "hybrid")
+        Path(file).stem: checkpoint.load(shipped_weights(variant, decoder))[1]["sha256"]  # type: ignore[arg-type]
+        for (variant, decoder), file in SHIPPED.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -15,10 +16,12 @@ from ci import _common as ci
 from parscale_ear.data.reference import ReferenceSet
 from parscale_ear.metrics.features import FeatureExtractor
 from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
-from parscale_ear.metrics.reconstruction import psnr, ssim
+from parscale_ear.metrics.reconstruction import MS_SSIM_SIDE, haarpsi, ms_ssim, psnr, ssim
 
 BATCH_SIZE = 16
-METRICS = ("distance", "psnr_db", "ssim")
+METRICS = ("distance", "psnr_db", "ssim", "ms_ssim", "haarpsi")
+LABELS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "haarpsi": "HaarPSI"}
+DIGITS = {"distance": 2, "psnr_db": 2, "ssim": 4, "ms_ssim": 4, "haarpsi": 4}
 HIGHEST_PSNR = 100.0  # dB, of one picture
 
 
@@ -37,17 +40,17 @@ def compare(
     variants: Mapping[str, Tensor],
     extractor: FeatureExtractor,
     *,
-    against: str,
+    against: Mapping[str, str],
     repeats: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Distance, PSNR and SSIM of each variant, and its paired difference to ``against``.
+    """Distance and similarities of each variant, and paired differences.
 
     Args:
         reference: the originals.
         variants: name → reconstructions, (N, 3, H, W), 8-bit.
         extractor: for the distance.
-        against: the variant that the others are compared with.
+        against: name → the variant that it is compared with.
         repeats: bootstrap draws.
         seed: of the draws.
 
@@ -60,26 +63,21 @@ def compare(
     features = {name: extract(extractor, p, name) for name, p in variants.items()}
     values: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, pictures in variants.items():
-        with ci.progress(1, f"PSNR and SSIM of {name}"):
-            values[name] = {
-                # A picture that comes back exactly has no finite PSNR.
-                "psnr_db": np.minimum(psnr(pictures, reference.pictures), HIGHEST_PSNR),
-                "ssim": ssim(pictures, reference.pictures),
-            }
+        with ci.progress(1, f"similarity of {name}"):
+            values[name] = _similarities(pictures, reference.pictures)
     names = list(variants)
 
     def statistics(indices: NDArray[np.intp]) -> list[float]:
         figures = [
             [
                 frechet_distance(features[name][indices], originals[indices]),
-                float(values[name]["psnr_db"][indices].mean()),
-                float(values[name]["ssim"][indices].mean()),
+                *(float(values[name][metric][indices].mean()) for metric in METRICS[1:]),
             ]
             for name in names
         ]
-        base = figures[names.index(against)]
-        differences = [[a - b for a, b in zip(row, base, strict=True)] for row in figures]
-        relative = [row[0] / base[0] - 1 if base[0] > 0 else float("nan") for row in figures]
+        pairs = [(figures[names.index(a)], figures[names.index(b)]) for a, b in against.items()]
+        differences = [[a - b for a, b in zip(row, base, strict=True)] for row, base in pairs]
+        relative = [row[0] / base[0] - 1 if base[0] > 0 else float("nan") for row, base in pairs]
         return [*chain(*figures, *differences, relative)]
 
     with ci.progress(repeats, "bootstrap") as advance:
@@ -88,38 +86,63 @@ def compare(
         )
     flat = [interval.as_dict() for interval in intervals]
     width = len(METRICS)
-    rows = [flat[k * width : (k + 1) * width] for k in range(2 * len(names))]
-    relative = flat[2 * len(names) * width :]
+    count = len(names) + len(against)
+    rows = [flat[k * width : (k + 1) * width] for k in range(count)]
+    relative = flat[count * width :]
     half = np.zeros(len(originals), dtype=bool)
     half[np.argsort(reference.clusters, kind="stable")[::2]] = True  # of every photograph
     return {
         "distance_name": extractor.distance,
-        "against": against,
         "variants": {
             name: dict(zip(METRICS, rows[k], strict=True)) for k, name in enumerate(names)
         },
         "differences": {
             name: {
+                "against": base,
                 **dict(zip(METRICS, rows[len(names) + k], strict=True)),
                 "relative_distance": relative[k],
             }
-            for k, name in enumerate(names)
-            if name != against
+            for k, (name, base) in enumerate(against.items())
         },
         "reference_distance": frechet_distance(originals[half], originals[~half]),
     }
 
 
+def _similarities(pictures: Tensor, originals: Tensor) -> dict[str, NDArray[np.float64]]:
+    """Every metric but the distance, a figure a picture."""
+    large = min(pictures.shape[-2:]) >= MS_SSIM_SIDE
+    nothing = np.full(len(pictures), np.nan)
+    return {
+        # A picture that comes back exactly has no finite PSNR.
+        "psnr_db": np.minimum(psnr(pictures, originals), HIGHEST_PSNR),
+        "ssim": ssim(pictures, originals),
+        "ms_ssim": ms_ssim(pictures, originals) if large else nothing,
+        "haarpsi": haarpsi(pictures, originals),
+    }
+
+
+def distance_head(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """The head of a table of ``distance_rows``."""
+    return ("", result["distance_name"], *LABELS.values())
+
+
+def distance_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Variants, then differences, each with its interval."""
+
+    def text(interval: Mapping[str, float | None], digits: int, sign: str = "") -> str:
+        if not all(v is not None and math.isfinite(v) for v in interval.values()):
+            return "—"
+        value, low, high = (f"{interval[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
+        return f"{value} [{low}, {high}]"
+
+    rows = []
+    for kind, sign in (("variants", ""), ("differences", "+")):
+        for name, metrics in result[kind].items():
+            label = name if kind == "variants" else f"{name} − {metrics['against']}"
+            rows.append((label, *(text(metrics[m], DIGITS[m], sign) for m in METRICS)))
+    return rows
+
+
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Prints variants and differences as a table."""
-    rows = []
-    for kind in ("variants", "differences"):
-        for name, metrics in result[kind].items():
-            label = name if kind == "variants" else f"{name} − {result['against']}"
-            rows.append((label, *(interval_text(metrics[metric]) for metric in METRICS)))
-    ci.table(("", result["distance_name"], "PSNR, dB", "SSIM"), rows)
-
-
-def interval_text(interval: Mapping[str, float]) -> str:
-    """``value [low, high]``."""
-    return f"{interval['value']:.4g} [{interval['low']:.4g}, {interval['high']:.4g}]"
+    ci.table(distance_head(result), distance_rows(result))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ci._published import TOKENIZERS
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import grid
@@ -25,21 +26,63 @@ def data_url(png: bytes) -> str:
 
 
 def picture_grid(device: torch.device) -> bytes:
-    """Rows of original, baseline, hybrid and amplified difference, at 1:1."""
+    """Rows of original, faithful, sharp, and the faithful one's amplified difference, at 1:1."""
     pictures = wheel_reference(14).pictures[list(SHOWN)]
     columns = [pictures]
-    for variant in ("baseline", "hybrid"):
+    for decoder in ("faithful", "sharp"):
         model = ParScaleEAR.from_pretrained(
-            variant=variant,  # type: ignore[arg-type]
+            decoder=decoder,  # type: ignore[arg-type]
             device=device,
             dtype=torch.float32,
         )
         columns.append(reconstruct_pictures(model, pictures))
-    difference = (columns[-1].float() - pictures.float()) * AMPLIFIED + 128
+    difference = (columns[1].float() - pictures.float()) * AMPLIFIED + 128
     columns.append(difference.clamp(0, 255).round().to(torch.uint8))
     buffer = io.BytesIO()
     grid([list(row) for row in zip(*columns, strict=True)]).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def tokenizer_plot(ours: Mapping[str, float]) -> bytes:
+    """Parameters and FLOPs against PSNR: published tokenizers, and ours on other pictures."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, key, label in (
+        (axes[0], "parameters_m", "parameters, millions"),
+        (axes[1], "gflop", "GFLOP an image"),
+    ):
+        for row in TOKENIZERS:
+            value = getattr(row, key)
+            if value is not None:
+                axis.plot(value, row.psnr_db, "o", color="tab:grey")
+                axis.annotate(row.name, (value, row.psnr_db), (-6, 0), ha="right", va="center",
+                              textcoords="offset points", fontsize=8)  # fmt: skip
+        axis.plot(ours[key], ours["psnr_db"], "*", color="tab:red", markersize=13)
+        axis.annotate("ours*", (ours[key], ours["psnr_db"]), (9, 0), va="center",
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("PSNR, dB")
+    return _png(figure)
+
+
+def training_plot(variants: Mapping[str, Any]) -> bytes:
+    """Difference to the hybrid of models trained without it, or with half of it."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axis = figure.subplots()
+    names = [name for name in variants if name != "hybrid"]
+    for offset, name in enumerate(names):
+        rows = [entry["minus_hybrid"] for entry in variants[name].values()]
+        values = [row["value"] for row in rows]
+        errors = [[v - row["low"] for v, row in zip(values, rows, strict=True)],
+                  [row["high"] - v for v, row in zip(values, rows, strict=True)]]  # fmt: skip
+        places = [k + 0.15 * (offset - (len(names) - 1) / 2) for k in range(len(rows))]
+        axis.errorbar(places, values, yerr=errors, fmt="o", capsize=3, label=name)
+    axis.set_xticks(range(len(variants["hybrid"])), list(variants["hybrid"]))
+    axis.axhline(0, color="grey", linewidth=1)
+    axis.set_ylabel("PSNR − hybrid's, dB")
+    axis.legend()
+    return _png(figure)
 
 
 def latency_plot(figures: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,8 @@
-"""M3-1: what each branch of the hybrid does in the trained model, by switching it off.
+"""M3-1: what each branch of the hybrid does in the trained model, and what it is worth.
 
 Switching off a branch that was trained together with the rest shows whether it is used, not what
-it is worth: worth takes a training without it.
+it is worth: worth takes a training without it. Those trainings take hours; their committed figures
+(docs/results/hybrid_training.json, made by parscale_ear.training.comparison) are judged here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if __package__ in (None, ""):
 import torch
 
 from ci import _common as ci
+from ci import _evidence
 from ci._distances import compare, print_comparison
 from ci.fid_eval import reference_of, restore
 from parscale_ear.metrics.features import load_extractor
@@ -52,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.features, device=device, weights=arguments.inception_weights
     )
     variants = {
-        name: restore("hybrid", device, reference.pictures, branches=branches)
+        name: restore("hybrid", None, device, reference.pictures, branches=branches)
         for name, branches in SWITCHED_OFF.items()
     }
     result = compare(
         reference,
         variants,
         extractor,
-        against="full",
+        against={name: "full" for name in SWITCHED_OFF if name != "full"},
         repeats=20 if arguments.quick else 200,
         seed=arguments.seed,
     )
@@ -81,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for branch, word in used.items()
     ]
+    if arguments.quick:
+        targets.append(ci.skipped("worth of the hybrid in training", "judged in a full run only"))
+    else:
+        targets += _evidence.training_targets(_evidence.read(_evidence.TRAINING))
     fields = ci.common_fields(device, torch.float32, arguments.seed)
     settings = {"num_samples": len(reference.pictures)}
     return ci.finish("M3-1", "ablation", arguments, fields, settings, figures, targets)

@@ -20,13 +20,32 @@ if __package__ in (None, ""):
 import torch
 
 from ci import _common as ci
-from ci._figures import ablation_plot, data_url, latency_plot, picture_grid
+from ci import _evidence
+from ci._distances import distance_head, distance_rows
+from ci._figures import (
+    ablation_plot,
+    data_url,
+    latency_plot,
+    picture_grid,
+    tokenizer_plot,
+    training_plot,
+)
+from ci._quality import SIZE_HEAD, latent_line, size_rows
+from ci._readme import write_readme
+from ci._tables import (
+    TOKENIZER_HEAD,
+    TOKENIZER_NOTE,
+    TRIAL_HEAD,
+    own_figures,
+    tokenizer_rows,
+    training_head,
+    training_rows,
+    trial_rows,
+)
 from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
 from parscale_ear import checkpoint
 
 KEPT = ci.ROOT / "docs" / "results"
-README = ci.ROOT / "README.md"
-BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
        color: #1c1e21; background: #fff }
@@ -77,11 +96,12 @@ def build_html(
         parts.append("<h2>Where this was measured</h2>" + _table(("", ""), pairs))
     parts.append("<h2>Pictures</h2>")
     caption = (
-        "Original, baseline, hybrid, and the hybrid's difference from the original ×5 "
-        "(grey: none), at 1:1. Crops of photographs out of the wheels of scikit-image and "
-        "matplotlib."
+        "Original, faithful decoder, sharp decoder, and the faithful one's difference from the "
+        "original ×5 (grey: none), at 1:1. Crops of photographs out of the wheels of scikit-image "
+        "and matplotlib."
     )
     parts.append(_figure(picture_grid(device), caption))
+    parts += _tokenizers()
     if "latency" in reports:
         parts += _latency(reports["latency"])
     for name, title in (("fid", "M2-3 distance to the originals"), ("ablation", "M3-1 ablation")):
@@ -96,6 +116,7 @@ def build_html(
                 "worth.",
             )
         )
+    parts += [*_training(), *_trials()]
     parts.append(
         "<h2>How to repeat it</h2><pre>bash ci/run.sh\n"
         "CI_NUM_RUNS=100 CI_FID_SAMPLES=280 REF_DIR=/your/photographs bash ci/run.sh</pre>"
@@ -113,6 +134,46 @@ def _figure(png: bytes, caption: str) -> str:
         f'<figure><div class="scroll"><img alt="{html.escape(caption)}" src="{data_url(png)}"></div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+
+
+def _tokenizers() -> list[str]:
+    return [
+        "<h2>Beside published tokenizers</h2>",
+        _table(TOKENIZER_HEAD, tokenizer_rows()),
+        f'<p class="note">{html.escape(TOKENIZER_NOTE)}</p>',
+        _figure(tokenizer_plot(own_figures()), "Parameters and FLOPs against PSNR; see the note."),
+    ]
+
+
+def _training() -> list[str]:
+    evidence = _evidence.read(_evidence.TRAINING)
+    title = "<h2>What the hybrid is worth: trained with and without it</h2>"
+    if evidence is None:
+        return [title, "<p>SKIPPED: no controlled training on record.</p>"]
+    text = (
+        f"Every variant trained from fresh weights by one recipe: {evidence['steps']:,} steps of "
+        f"{evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']}, "
+        f"{len(evidence['seeds'])} seeds; PSNR in dB on {evidence['pictures']} pictures, also from "
+        "latents with noise and from quantised latents. Intervals: 95 %, paired, over pictures "
+        "and seeds. Short trainings: they rank, they do not show the end."
+    )
+    return [
+        title,
+        _table(training_head(evidence), training_rows(evidence)),
+        f"<p>{html.escape(text)}</p>",
+        _figure(training_plot(evidence["variants"]), "Difference to the hybrid; below 0: worse."),
+    ]
+
+
+def _trials() -> list[str]:
+    trials = _evidence.read(_evidence.TRIALS)
+    if trials is None:
+        return []
+    return [
+        "<h2>Trials on the way</h2>",
+        _table(TRIAL_HEAD, trial_rows(trials)),
+        f"<p>{html.escape(trials['conditions'])}</p>",
+    ]
 
 
 def _latency(report: Mapping[str, Any]) -> list[str]:
@@ -163,139 +224,24 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
     figures = report["figures"]
     reference = figures["reference"]
     notes = [reference["warning"], figures["features_note"]]
+    more = []
+    if "sizes" in figures:
+        sources = ", ".join(f"{row['side']}: {row['source']}" for row in figures["sizes"])
+        more = [
+            "<h3>By size</h3>",
+            _table(SIZE_HEAD, size_rows(figures["sizes"])),
+            f"<p>{html.escape(sources)}.</p>",
+            f"<h3>The latent</h3><p>{html.escape(latent_line(figures['latent']))}.</p>",
+        ]
     return [
         f"<h2>{html.escape(title)}</h2>",
-        _table(_distance_head(figures), distance_rows(figures)),
+        _table(distance_head(figures), distance_rows(figures)),
         f"<p>95 % intervals by bootstrap over {reference['photographs']} photographs; "
         f"{html.escape(reference['source'])}. Two halves of the originals are "
         f"{figures['reference_distance']:.1f} apart.</p>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes if note),
+        *more,
     ]
-
-
-def _distance_head(figures: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("", figures["distance_name"], "PSNR, dB", "SSIM")
-
-
-def distance_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Variants, then differences, each with its interval."""
-
-    def text(interval: Mapping[str, float | None], digits: int, sign: str = "") -> str:
-        if None in interval.values():
-            return "—"
-        value, low, high = (f"{interval[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
-        return f"{value} [{low}, {high}]"
-
-    rows = []
-    for kind, sign in (("variants", ""), ("differences", "+")):
-        for name, metrics in figures[kind].items():
-            label = name if kind == "variants" else f"{name} − {figures['against']}"
-            digits = (("distance", 2), ("psnr_db", 2), ("ssim", 4))
-            rows.append((label, *(text(metrics[m], n, sign) for m, n in digits)))
-    return rows
-
-
-# --- the README ---
-
-
-def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's figures as Markdown, each with hardware, dtype, sample count and date."""
-    sanity, latency, fid, ablation = (reports[name] for name in REPORTS)
-
-    def origin(report: Mapping[str, Any], samples: str) -> str:
-        return (
-            f"*{report['device']}, {report['threads']} threads, {report['dtype']}, {samples}, "
-            f"torch {report['torch']}, {report['date'][:10]}.*"
-        )
-
-    compared = latency["figures"]["against_autoencoder_tiny"]
-    counts = sanity["figures"]["parameters"]
-    lines = [
-        f"Parameters: encoder {counts['encoder']:,}, hybrid {counts['hybrid']:,}, "
-        f"decoder {counts['decoder']:,}, together {counts['total']:,}.",
-        "",
-        "**Milestones**",
-        "",
-        _markdown(
-            ("milestone", "target", "value", "limit", "status"),
-            [row[:5] for row in milestone_rows(reports)],
-        ),
-        "",
-        f"**Latency** ({latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image)",
-        "",
-        _markdown(
-            ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
-            [
-                (
-                    str(row["batch_size"]),
-                    *(f"{row[f'{key}_ms_per_image']:.1f}" for key in ("mean", "p50", "p99")),
-                    f"{row['images_per_s']:.0f}",
-                    f"{row['fraction_of_compute_roof']:.0%}",
-                )
-                for row in latency["figures"]["batches"]
-            ],
-        ),
-        "",
-        origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
-    ]
-    if compared is not None:
-        lines.append(
-            f"In the same run, plain FP32, batch {compared['batch_size']}: "
-            f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
-            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs)."
-        )
-    if latency["device_type"] != "cuda":
-        lines.append("**Not measured on a GPU yet.**")
-    for title, report in (
-        ("Reconstruction", fid),
-        ("Ablation by switching branches off", ablation),
-    ):
-        figures = report["figures"]
-        reference = figures["reference"]
-        samples = f"{reference['pictures']} crops of {reference['photographs']} scenes"
-        rows = distance_rows(figures)
-        head = _distance_head(figures)
-        lines += ["", f"**{title}**", "", _markdown(head, rows), "", origin(report, samples)]
-        if reference["warning"]:
-            lines.append(f"Note: {reference['warning']}.")
-    used = ", ".join(f"{k}: {v}" for k, v in ablation["figures"]["branches"].items())
-    lines.append(f"Branches in the trained model — {used} (used is not the same as worth it).")
-    precision = sanity["figures"]["precision"]
-    lines += [
-        "",
-        "**Half precision** against FP32 on the same photographs: "
-        + "; ".join(
-            f"{name} relative error {row['relative_error']:.1e}, {row['psnr_lost_db']:+.4f} dB lost"
-            for name, row in precision.items()
-            if name != "float32"
-        )
-        + ". "
-        + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
-    ]
-    return "\n".join(lines)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_readme(reports: Mapping[str, Mapping[str, Any]], path: Path = README) -> None:
-    """Puts the figures between the two marks in the README.
-
-    Raises:
-        UsageError: the marks are not there.
-    """
-    checkpoint.write_text(path, with_figures(path.read_text(encoding="utf-8"), reports))
-
-
-def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """A README's text with its figures replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ci.UsageError(f"the README lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{readme_figures(reports)}\n\n{END}{after}"
 
 
 def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], folder: Path) -> None:
@@ -334,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             raise ci.UsageError(missing[0])
         write_readme(kept)
-        print("wrote the figures of README.md")
+        print("wrote the figures of README.md and docs/experiments.md")
         if not reports:
             return ci.PASSED
     page = build_html(reports, problems, ci.resolve_device(arguments.device))

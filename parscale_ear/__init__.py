@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "CheckpointError",
+    "LatentDataset",
     "ParScaleEAR",
     "ParScaleEARConfig",
     "__version__",
@@ -15,14 +16,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig
+    from parscale_ear.autoencoder.config import ParScaleEARConfig
+    from parscale_ear.autoencoder.model import ParScaleEAR
     from parscale_ear.checkpoint import CheckpointError
+    from parscale_ear.data.latents import LatentDataset
     from parscale_ear.profiling.latency import benchmark_model_precise
 
 _HOMES = {
     "CheckpointError": "parscale_ear.checkpoint",
     "ParScaleEAR": "parscale_ear.autoencoder.model",
-    "ParScaleEARConfig": "parscale_ear.autoencoder.model",
+    "LatentDataset": "parscale_ear.data.latents",
+    "ParScaleEARConfig": "parscale_ear.autoencoder.config",
     "benchmark_model_precise": "parscale_ear.profiling.latency",
 }
 

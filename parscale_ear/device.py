@@ -33,3 +33,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: only cpu and cuda are supported")
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """Name of the dtype that the autoencoder takes by default: FP16 on CUDA, FP32 elsewhere."""
+    return "fp16" if device.type == "cuda" else "fp32"

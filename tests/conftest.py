@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.hybrid import HybridConfig
 from parscale_ear.autoencoder.litevae import LiteVAEConfig
-from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig
+from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.reference import wheel_reference
 
 TINY = ParScaleEARConfig(
@@ -22,8 +23,6 @@ TINY = ParScaleEARConfig(
         decoder_blocks=(1, 1, 1),
     ),
     hybrid=HybridConfig(latent_channels=4, coarse_width=8, fine_width=8),
-    latent_mean=(0.5, -0.5, 0.0, 1.0),
-    latent_std=(2.0, 1.0, 0.5, 1.5),
 )
 
 
@@ -35,7 +34,10 @@ def _seed() -> None:
 @pytest.fixture
 def tiny() -> ParScaleEAR:
     """A model of the same structure with a few thousand parameters."""
-    return ParScaleEAR(TINY).eval()
+    model = ParScaleEAR(TINY).eval()
+    model.latent_mean.copy_(torch.tensor([0.5, -0.5, 0.0, 1.0]).reshape(4, 1, 1))
+    model.latent_std.copy_(torch.tensor([2.0, 1.0, 0.5, 1.5]).reshape(4, 1, 1))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,8 @@ class TestTrain:
             (["nothing"], "no such file or folder"),
             ([str(folder_of_pictures), "--crop", "50"], "crop must be a multiple of 16"),
             ([str(folder_of_pictures), "--minutes", "-1"], "above 0"),
+            ([str(folder_of_pictures), "--start", "nothing"], "no such weight file"),
+            ([str(folder_of_pictures), "--adversarial-weight", "-1"], "adversarial_weight must"),
             ([str(folder_of_pictures), "--crop", "512", "--steps", "5"], "none of the"),
         ):
             assert main([*start, *options]) == 2
@@ -128,8 +132,8 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "reconstruct" in done.stdout
-    assert "train" in done.stdout
+    for verb in ("reconstruct", "evaluate", "encode", "decode", "train"):
+        assert verb in done.stdout
 
 
 def test_wrong_use_exits_with_2() -> None:
@@ -147,3 +151,87 @@ def test_inference_never_imports_training() -> None:
         "assert not [m for m in sys.modules if m.startswith('parscale_ear.training')]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestLatents:
+    def test_encode_and_decode(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        latents, out = str(tmp_path / "latents"), tmp_path / "out"
+        assert main(["encode", str(photo), latents, "--side", "64", "--device", "cpu"]) == 0
+        line = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (line["pictures"], line["encoded"], line["dtype"]) == (1, 1, "fp32")
+        assert line["images_per_s"] > 0
+        assert main(["decode", latents, str(out), "--decoder", "sharp", "--device", "cpu"]) == 0
+        assert Image.open(out / "chelsea.png").size == (64, 64)
+
+    def test_damage_is_told_and_counted(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "in"
+        folder.mkdir()
+        (folder / "a.png").write_text("no picture")
+        (folder / "b.png").write_bytes(photo.read_bytes())
+        arguments = ["encode", str(folder), str(tmp_path / "out"), "--side", "64"]
+        assert main([*arguments, "--device", "cpu"]) == 2
+        captured = capsys.readouterr()
+        assert "skipped a.png" in captured.err
+        assert json.loads(captured.out.splitlines()[-1])["skipped"] == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["encode", "nothing", "{out}"], "no such file or folder"),
+            (["encode", "{photo}", "{out}", "--side", "100"], "side must be a multiple of 16"),
+            (["encode", "{photo}", "{photo}"], "is a file; name a folder"),
+            (["encode", "{photo}", "{out}", "--weights", "nothing"], "no such weight file"),
+            (
+                ["encode", "{photo}", "{out}", "--weights", "x", "--decoder", "sharp"],
+                "leave it out",
+            ),
+            (["decode", "nothing", "{out}"], "make it with parscale-ear encode"),
+            (["encode", "hf:{out}/nothing", "{out}"], "could not be opened"),
+        ],
+    )
+    def test_mistakes_are_one_line(
+        self,
+        photo: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        arguments: list[str],
+        message: str,
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        filled = [a.format(photo=photo, out=tmp_path / "out") for a in arguments]
+        assert main(filled) in (1, 2)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("parscale-ear: ")
+        assert re.search(message, lines[-1])
+        assert not any("Traceback" in line for line in lines)
+
+
+class TestEvaluate:
+    def test_figures_and_json(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "figures.json"
+        arguments = ["evaluate", "--images", str(photo), str(photo), "--side", "64"]
+        arguments += ["--features", "efficientnet-lite1", "--device", "cpu"]
+        assert main([*arguments, "--output", str(output)]) == 0
+        printed = capsys.readouterr().out
+        line = json.loads(printed.splitlines()[-1])
+        assert line == json.loads(output.read_text())
+        assert line["pictures"] == 2
+        assert f"{line['psnr_db']:.3f} dB" in printed
+        assert line["weights"] == "hybrid.safetensors"
+        assert main([*arguments, "--decoder", "sharp"]) == 0
+        sharp = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert sharp["psnr_db"] < line["psnr_db"]
+
+    def test_a_missing_extractor_is_one_line(
+        self, photo: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["evaluate", "--images", str(photo), "--inception-weights", "nothing"]
+        assert main([*arguments, "--features", "inception"]) == 2
+        assert "no such file" in capsys.readouterr().err

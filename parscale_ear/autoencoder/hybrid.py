@@ -23,11 +23,11 @@ POOL = 4  # latent positions, each way, that one coarse position stands for
 
 @dataclass(frozen=True, kw_only=True)
 class HybridConfig:
-    """Widths of the two branches."""
+    """Widths of the two branches; a width of 0 leaves a branch out (for controlled ablations)."""
 
     latent_channels: int = 32  # channels of the latent that both branches read and write
-    coarse_width: int = 48  # channels at h/4 × w/4
-    fine_width: int = 64  # channels at h × w
+    coarse_width: int = 48  # channels at h/4 × w/4; 0: no coarse branch
+    fine_width: int = 64  # channels at h × w; 0: no fine branch
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -35,9 +35,9 @@ class HybridConfig:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name in ("latent_channels", "coarse_width", "fine_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("latent_channels", 1), ("coarse_width", 0), ("fine_width", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class CoarseBranch(nn.Module):
@@ -83,8 +83,8 @@ class HybridLatent(nn.Module):
     def __init__(self, config: HybridConfig | None = None) -> None:
         super().__init__()
         self.config = config or HybridConfig()
-        self.coarse = CoarseBranch(self.config)
-        self.fine = FineBranch(self.config)
+        self.coarse = CoarseBranch(self.config) if self.config.coarse_width else None
+        self.fine = FineBranch(self.config) if self.config.fine_width else None
 
     def forward(self, latent: Tensor, branches: Collection[str] = BRANCHES) -> Tensor:
         """Enhances a latent.
@@ -106,17 +106,17 @@ class HybridLatent(nn.Module):
                 f"branches must be a subset of {sorted(BRANCHES)}, got {sorted(unknown)}"
             )
         enhanced = latent
-        if "coarse" in branches:
+        if "coarse" in branches and self.coarse is not None:
             enhanced = enhanced + self.coarse(latent)
-        if "fine" in branches:
+        if "fine" in branches and self.fine is not None:
             enhanced = enhanced + self.fine(latent)
         return enhanced  # (B, Z, h, w)
 
     def flops(self, height: int, width: int, branches: Collection[str] = BRANCHES) -> int:
         """FLOPs for one latent of ``height`` × ``width`` positions (a multiply-add counts two)."""
         count = 0
-        if "coarse" in branches:
+        if "coarse" in branches and self.coarse is not None:
             count += conv_flops(self.coarse, -(-height // POOL), -(-width // POOL))
-        if "fine" in branches:
+        if "fine" in branches and self.fine is not None:
             count += conv_flops(self.fine, height, width)
         return count

@@ -11,16 +11,19 @@ Shapes: B batch, H W pixels, h w latent height and width (H/16, W/16), Z latent 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from parscale_ear.autoencoder.blocks import (
+    BottleneckBlock,
     ResidualBlock,
     Upsample,
     autocasts,
     conv3x3,
     conv_flops,
+    convolution_radius,
     downsample,
 )
 from parscale_ear.autoencoder.wavelet import haar_dwt, haar_idwt
@@ -37,8 +40,10 @@ class LiteVAEConfig:
     latent_channels: int = 32  # channels of the Gaussian posterior
     encoder_widths: tuple[int, int, int] = (64, 96, 128)  # channels at 1/4, 1/8, 1/16
     encoder_blocks: tuple[int, int, int] = (1, 1, 1)  # residual blocks at 1/4, 1/8, 1/16
+    encoder_bottlenecks: tuple[int, int, int] = (0, 0, 2)  # bottleneck blocks after these
     decoder_widths: tuple[int, int, int] = (64, 96, 128)  # channels at 1/4, 1/8, 1/16
     decoder_blocks: tuple[int, int, int] = (3, 1, 1)  # residual blocks at 1/4, 1/8, 1/16
+    decoder_bottlenecks: tuple[int, int, int] = (0, 1, 0)  # bottleneck blocks after these
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -51,8 +56,10 @@ class LiteVAEConfig:
         for name, least in (
             ("encoder_widths", 1),
             ("encoder_blocks", 0),
+            ("encoder_bottlenecks", 0),
             ("decoder_widths", 1),
             ("decoder_blocks", 0),
+            ("decoder_bottlenecks", 0),
         ):
             value = getattr(self, name)
             if len(value) != 3 or any(not isinstance(n, int) or n < least for n in value):
@@ -71,15 +78,15 @@ class LiteVAEEncoder(nn.Module):
     def __init__(self, config: LiteVAEConfig) -> None:
         super().__init__()
         fine, middle, coarse = config.encoder_widths
-        blocks = config.encoder_blocks
+        blocks = tuple(zip(config.encoder_blocks, config.encoder_bottlenecks, strict=True))
         self.level2 = conv3x3(PACKET_CHANNELS, fine)
-        self.features2 = _blocks(fine, blocks[0])
+        self.features2 = _blocks(fine, *blocks[0])
         self.level3 = nn.Conv2d(12, middle, kernel_size=1, bias=False)
         self.down3 = downsample(fine, middle)
-        self.features3 = _blocks(middle, blocks[1])
+        self.features3 = _blocks(middle, *blocks[1])
         self.level4 = nn.Conv2d(12, coarse, kernel_size=1, bias=False)
         self.down4 = downsample(middle, coarse)
-        self.features4 = _blocks(coarse, blocks[2])
+        self.features4 = _blocks(coarse, *blocks[2])
         self.moments = conv3x3(coarse, 2 * config.latent_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +104,10 @@ class LiteVAEEncoder(nn.Module):
         """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
         return _level_flops(self, height, width)
 
+    def radius(self) -> int:
+        """Latent positions, each way, beyond which pixels do not change a latent."""
+        return _level_radius(self)
+
 
 class LiteVAEDecoder(nn.Module):
     """Latent → features at 1/16, 1/8, 1/4 → Haar sub-bands → inverse transform.
@@ -108,13 +119,13 @@ class LiteVAEDecoder(nn.Module):
     def __init__(self, config: LiteVAEConfig) -> None:
         super().__init__()
         fine, middle, coarse = config.decoder_widths
-        blocks = config.decoder_blocks
+        blocks = tuple(zip(config.decoder_blocks, config.decoder_bottlenecks, strict=True))
         self.latent4 = conv3x3(config.latent_channels, coarse)
-        self.features4 = _blocks(coarse, blocks[2])
+        self.features4 = _blocks(coarse, *blocks[2])
         self.up4 = Upsample(coarse, middle)
-        self.features3 = _blocks(middle, blocks[1])
+        self.features3 = _blocks(middle, *blocks[1])
         self.up3 = Upsample(middle, fine)
-        self.features2 = _blocks(fine, blocks[0])
+        self.features2 = _blocks(fine, *blocks[0])
         self.bands2 = conv3x3(fine, PACKET_CHANNELS)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -129,6 +140,10 @@ class LiteVAEDecoder(nn.Module):
     def flops(self, height: int, width: int) -> int:
         """FLOPs for one ``height`` × ``width`` image (a multiply-add counts two)."""
         return _level_flops(self, height, width)
+
+    def radius(self) -> int:
+        """Latent positions, each way, beyond which a latent does not change the pixels."""
+        return _level_radius(self)
 
 
 class LiteVAE(nn.Module):
@@ -162,5 +177,17 @@ def _level_flops(module: nn.Module, height: int, width: int) -> int:
     return count
 
 
-def _blocks(channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualBlock(channels) for _ in range(count)))
+def _level_radius(module: nn.Module) -> int:
+    """Latent positions, rounded up, that the parts reach; levels as in :func:`_level_flops`."""
+    pixels = 0
+    for name, part in module.named_children():
+        level = int(name[-1]) if name[-1].isdigit() else 4
+        pixels += convolution_radius(part) << level
+    return math.ceil(pixels / STRIDE)
+
+
+def _blocks(channels: int, residual: int, bottleneck: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(ResidualBlock(channels) for _ in range(residual)),
+        *(BottleneckBlock(channels) for _ in range(bottleneck)),
+    )

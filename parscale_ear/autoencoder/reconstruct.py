@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from parscale_ear.autoencoder.hybrid import BRANCHES
-from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import from_uint8, pad_to_multiple, to_uint8
+from parscale_ear.data.images import from_uint8, to_uint8
 
 
 @torch.inference_mode()
-def reconstruct_image(model: ParScaleEAR, image: Tensor) -> Tensor:
+def reconstruct_image(model: ParScaleEAR, image: Tensor, *, tile: int | None = None) -> Tensor:
     """One picture of any size through the model.
 
     The last row and column are repeated up to a multiple of 16 and cut off again.
@@ -25,6 +24,8 @@ def reconstruct_image(model: ParScaleEAR, image: Tensor) -> Tensor:
     Args:
         model: in evaluation mode, on any device, in any dtype.
         image: (3, H, W), FP32 in [−1, 1], on the CPU.
+        tile: side in pixels of the tiles in which encoder and decoder run; None: the whole at
+            once.
 
     Returns:
         (3, H, W), FP32 in [−1, 1], on the CPU.
@@ -32,11 +33,10 @@ def reconstruct_image(model: ParScaleEAR, image: Tensor) -> Tensor:
     Raises:
         ValueError: the picture has NaN or infinity in it, or a wrong shape.
     """
-    height, width = image.shape[-2:]
     weight = next(model.parameters())
-    images = pad_to_multiple(image[None], STRIDE).to(weight.device, weight.dtype)
-    restored = model(images, clamp=True, check_finite=True)  # (1, 3, H', W')
-    return restored[0, :, :height, :width].float().cpu()  # type: ignore[no-any-return]
+    images = image[None].to(weight.device, weight.dtype)  # (1, 3, H, W)
+    restored = model(images, pad=True, tile=tile, clamp=True, check_finite=True)
+    return restored[0].float().cpu()  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()

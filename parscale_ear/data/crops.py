@@ -51,7 +51,7 @@ class RandomCrops:
         self.side, self.seed, self.max_reduction = side, seed, max_reduction
         self.refs: list[ImageRef] = []
         self.skipped: dict[str, str] = {}  # name of a picture → why it is not used
-        self._damaged = 0
+        self.damaged: set[str] = set()  # names of pictures that cannot be read
         areas = []
         for ref in refs:
             try:
@@ -65,7 +65,7 @@ class RandomCrops:
                 continue
             self.refs.append(ref)
             areas.append((width - side + 1.0) * (height - side + 1.0) + side * side)
-        small = len(refs) - len(self.refs) - self._damaged
+        small = len(refs) - len(self.refs) - len(self.damaged)
         if small:
             log.warning("%d of %d pictures are smaller than a crop of %d", small, len(refs), side)
         if not self.refs:
@@ -76,7 +76,7 @@ class RandomCrops:
 
     def _skip(self, ref: ImageRef, reason: str) -> None:
         if ref.name not in self.skipped:
-            self._damaged += 1
+            self.damaged.add(ref.name)
             self.skipped[ref.name] = reason
             log.warning("skipped %s", reason)
 
@@ -90,30 +90,34 @@ class RandomCrops:
             self._cache[index] = pixels
         return pixels
 
-    def batch(self, step: int, size: int) -> Tensor:
-        """The crops of one step: (size, 3, side, side), FP32 in [−1, 1].
+    def batch(self, step: int, size: int, first: int = 0) -> Tensor:
+        """Crops of one step: (size, 3, side, side), FP32 in [−1, 1].
+
+        Args:
+            step: number of the step.
+            size: how many crops.
+            first: number of the first of them among the step's crops, of which every process of a
+                distributed training takes a stretch.
 
         Raises:
             ImageError: hardly any picture can be decoded.
         """
-        rng = np.random.default_rng([self.seed, step])
-        crops = np.empty((size, self.side, self.side, 3), dtype=np.uint8)
-        tries = 0
-        filled = 0
-        while filled < size:
-            tries += 1
-            if tries > MAX_TRIES + size:
-                raise ImageError("hardly any of the pictures can be decoded; check the images")
+        crops = np.stack([self._draw(step, first + k) for k in range(size)])
+        images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, side, side)
+        return from_uint8(images)
+
+    def _draw(self, step: int, number: int) -> NDArray[np.uint8]:
+        """One crop, (side, side, 3); a damaged picture is replaced by another."""
+        rng = np.random.default_rng([self.seed, step, number])
+        for _ in range(MAX_TRIES):
             index = int(np.searchsorted(self._cumulative, rng.random()))
             try:
                 pixels = self._pixels(index)
             except ImageError as error:
                 self._skip(self.refs[index], str(error))
                 continue
-            crops[filled] = self._crop(pixels, rng)
-            filled += 1
-        images = torch.from_numpy(crops).permute(0, 3, 1, 2)  # (B, 3, side, side)
-        return from_uint8(images)
+            return self._crop(pixels, rng)
+        raise ImageError("hardly any of the pictures can be decoded; check the images")
 
     def _crop(self, pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""Pictures in and out: files, folders and tar archives; 8-bit pixels and model tensors.
+"""Pictures in and out: files, folders, tar shards and datasets; 8-bit pixels and model tensors.
 
 Shapes: B batch, H W pixels.
 """
@@ -10,7 +10,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,29 @@ class ImageRef:
     member: str | None = None  # name inside the archive
     offset: int = 0  # first byte inside the archive
     size: int = 0  # bytes inside the archive
+    root: Path | None = None  # the folder that was searched
+    cls: str | None = None  # class by name or number, where a sidecar or a dataset says it
+
+    @property
+    def relative(self) -> str:
+        """Its name inside what was searched, the same on every machine."""
+        if self.member is not None:
+            return self.member
+        if self.root is None:
+            return self.path.name
+        return self.path.relative_to(self.root).as_posix()
+
+    @property
+    def origin(self) -> str:
+        """What tells it from a namesake of another data set; empty: its name does."""
+        return ""
+
+    @property
+    def label(self) -> str:
+        """Its class: as stated, else the folder that it lies in; empty: none."""
+        if self.cls is not None:
+            return self.cls
+        return Path(self.relative).parent.name
 
     @property
     def name(self) -> str:
@@ -96,16 +119,25 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
-    """Every picture under the given files, folders (searched deeply) and tar archives, sorted.
+    """Every picture under the given files, folders, tar archives and datasets, sorted.
+
+    A folder is searched deeply, for pictures and for tar archives (webdataset shards). In a tar,
+    ``NAME.cls`` beside ``NAME.jpg`` gives its class. ``hf:PATH_OR_NAME[:SPLIT]`` is a dataset of
+    Hugging Face's ``datasets`` (see ``data.hub``). Only names are read; pictures stay on disk.
 
     Raises:
         ImageError: a path does not exist, an archive is damaged, or one holds no picture.
     """
     refs: list[ImageRef] = []
-    for path in map(Path, paths):
+    for text in paths:
+        if str(text).startswith("hf:"):
+            from parscale_ear.data.hub import hub_images
+
+            refs.extend(hub_images(str(text)[3:]))
+            continue
+        path = Path(text)
         if path.is_dir():
-            files = (f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
-            found = [ImageRef(file) for file in sorted(files)]
+            found = _folder_members(path)
         elif not path.exists():
             raise ImageError(f"{path}: no such file or folder")
         elif tarfile.is_tarfile(path):
@@ -118,18 +150,34 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
     return refs
 
 
+def _folder_members(folder: Path) -> list[ImageRef]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    refs = [ImageRef(f, root=folder) for f in files if f.suffix.lower() in EXTENSIONS]
+    for shard in (f for f in files if f.suffix.lower() == ".tar"):
+        refs.extend(_tar_members(shard))
+    return refs
+
+
 def _tar_members(path: Path) -> list[ImageRef]:
+    refs: list[ImageRef] = []
+    classes: dict[str, str] = {}  # name without extension → class
     try:
         with tarfile.open(path, "r:") as archive:
-            refs = [
-                ImageRef(path, member.name, member.offset_data, member.size)
-                for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS
-            ]
+            for member in archive:
+                stem, extension = os.path.splitext(member.name)
+                if not member.isfile():
+                    continue
+                if extension.lower() in EXTENSIONS:
+                    refs.append(ImageRef(path, member.name, member.offset_data, member.size))
+                elif extension.lower() == ".cls":
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a file
+                    classes[stem] = content.read(256).decode("utf-8", "replace").strip()
     except tarfile.TarError as error:
         raise ImageError(
             f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
         ) from error
+    refs = [replace(r, cls=classes.get(os.path.splitext(r.member or "")[0])) for r in refs]
     return sorted(refs, key=lambda ref: ref.name)
 
 

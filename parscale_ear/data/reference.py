@@ -136,6 +136,38 @@ def wheel_reference(count: int = 256) -> ReferenceSet:
     )
 
 
+def wheel_squares(side: int) -> tuple[Tensor, str]:
+    """One square of every photograph out of wheels that is large enough, by the usual protocol.
+
+    None is enlarged. Beyond the photographs' sizes four squares are laid together to one, which
+    shows that large pictures work, and nothing about photographs of that resolution.
+
+    Args:
+        side: of the squares, in pixels.
+
+    Returns:
+        (N, 3, side, side), 8-bit, and where they come from.
+
+    Raises:
+        ImageError: a photograph is missing or changed.
+        ValueError: there is nothing of that size.
+    """
+    photographs = [p for _, p in wheel_photographs() if min(p.size) >= side]
+    if len(photographs) >= LEAST:
+        squares = [to_uint8(picture_to_tensor(resize_and_crop(p, side))) for p in photographs]
+        return torch.stack(squares), f"{len(squares)} photographs"
+    if side % 2 or side < 2 * LEAST:
+        raise ValueError(f"no photographs of {side} pixels, nor squares of half of it")
+    quarters, _ = wheel_squares(side // 2)
+    if len(quarters) < 4:
+        raise ValueError(f"too few photographs for squares of {side} pixels")
+    mosaics = [
+        torch.cat([torch.cat(tuple(four[:2]), dim=2), torch.cat(tuple(four[2:]), dim=2)], dim=1)
+        for four in quarters[: len(quarters) // 4 * 4].split(4)
+    ]
+    return torch.stack(mosaics), f"{len(mosaics)} mosaics of 4 squares of {side // 2}"
+
+
 def _crop(photograph: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, str]:
     native = min(photograph.size)
     short = min(native, int(rng.choice(SHORT_SIDES)))

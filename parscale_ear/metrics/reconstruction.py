@@ -1,14 +1,20 @@
-"""PSNR and SSIM between 8-bit pictures, a figure a picture.
+"""PSNR, SSIM, MS-SSIM and HaarPSI between 8-bit pictures, a figure a picture.
 
 Shapes: N pictures, H W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import piq
+import torch
 from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+MS_SSIM_SIDE = 161  # five scales and a window of 11 need more than 160 pixels
 
 
 def psnr(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
@@ -59,6 +65,58 @@ def ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
         for picture, reference in zip(pictures, references, strict=True)
     ]
     return np.asarray(values, dtype=np.float64)
+
+
+def ms_ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
+    """Multi-scale structural similarity (Wang et al., 2003) by piq: five scales.
+
+    Args:
+        pictures: (N, 3, H, W), 8-bit, H and W above 160.
+        references: (N, 3, H, W), 8-bit.
+
+    Returns:
+        (N,), at most 1.
+
+    Raises:
+        ValueError: shape or dtype differ from that.
+    """
+    _check(pictures, references)
+    if min(pictures.shape[-2:]) < MS_SSIM_SIDE:
+        raise ValueError(
+            f"MS-SSIM needs pictures of at least {MS_SSIM_SIDE} pixels each way, "
+            f"got {tuple(pictures.shape[-2:])}"
+        )
+    return _by_piq(piq.multi_scale_ssim, pictures, references)
+
+
+def haarpsi(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
+    """Haar wavelet-based perceptual similarity (Reisenhofer et al., 2018) by piq.
+
+    Args:
+        pictures: (N, 3, H, W), 8-bit, H and W at least 16.
+        references: (N, 3, H, W), 8-bit.
+
+    Returns:
+        (N,), in [0, 1]; 1 where the two are equal.
+
+    Raises:
+        ValueError: shape or dtype differ from that.
+    """
+    _check(pictures, references)
+    values = _by_piq(piq.haarpsi, pictures, references)
+    return np.clip(np.where(np.isfinite(values), values, 1.0), 0.0, 1.0)  # black on black: 0/0
+
+
+def _by_piq(
+    metric: Callable[..., Tensor], pictures: Tensor, references: Tensor
+) -> NDArray[np.float64]:
+    """A metric of piq on pictures in [0, 1], a few at a time."""
+    with torch.inference_mode():
+        values = [
+            metric(a.float() / 255, b.float() / 255, data_range=1.0, reduction="none")
+            for a, b in zip(pictures.split(8), references.split(8), strict=True)
+        ]
+    return torch.cat(values).double().numpy()
 
 
 def mean_quality(pictures: Tensor, references: Tensor) -> dict[str, float]:

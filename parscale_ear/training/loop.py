@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from torch.amp.grad_scaler import GradScaler
 from tqdm import tqdm
 
 from parscale_ear import checkpoint
-from parscale_ear.training.optimizer import build_optimizer
+from parscale_ear.training.distributed import OneProcess, World
+from parscale_ear.training.optimizer import build_optimizer, pack_optimizer, unpack_optimizer
 
 Precision = Literal["bf16", "fp16", "fp32"]
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -51,6 +52,12 @@ class Task(Protocol):
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Figures of the averaged weights; may write pictures."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-serialisable scalars that a checkpoint must hold besides the model."""
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +114,23 @@ def learning_rate(config: LoopConfig, progress: Progress) -> float:
 class Run:
     """One training run and its folder."""
 
-    def __init__(self, task: Task, config: LoopConfig, out: Path, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        out: Path,
+        *,
+        resume: bool = False,
+        world: World | None = None,
+    ) -> None:
         """Prepares a run, or takes up an earlier one.
 
         Args:
             task: what to train.
             config: how.
-            out: the run's folder; gets checkpoint and log.
+            out: the run's folder, the same for all processes; gets checkpoint and log.
             resume: go on from the checkpoint in ``out`` if there is one.
+            world: the processes that train together; None: this one alone. The first writes.
 
         Raises:
             TrainingError: ``out`` holds a run and ``resume`` is false, or its checkpoint is
@@ -125,6 +141,7 @@ class Run:
         self.progress = Progress()
         self.average = copy.deepcopy(task.model).eval()
         self.device = next(task.model.parameters()).device
+        self.world: World = world or OneProcess(self.device)
         trained = [p for p in task.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(trained, config.learning_rate)
         self.scaler = GradScaler(
@@ -136,10 +153,17 @@ class Run:
             raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
         if path.exists():
             self._restore(path)
-        out.mkdir(parents=True, exist_ok=True)
-        for part in out.glob(f".{CHECKPOINT_FILE}.*.part"):  # of a save that a kill cut off
-            part.unlink()
-        _truncate_log(out / LOG_FILE, self.progress.step)
+        self.world.wait()  # before the first process writes
+        if self.first:
+            out.mkdir(parents=True, exist_ok=True)
+            for part in out.glob(f".{CHECKPOINT_FILE}.*.part"):  # of a save that a kill cut off
+                part.unlink()
+            _truncate_log(out / LOG_FILE, self.progress.step)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, shows and validates."""
+        return self.world.rank == 0
 
     # --- training ---
 
@@ -155,32 +179,35 @@ class Run:
         saved = validated = progress.seconds
         figures: dict[str, Tensor | float] | None = None
         length = config.steps or int(60 * (config.minutes or 0)) or 1
-        with _stop_signal() as stop, self._bar(length) as bar:
-            while progress.fraction(config) < 1 and not stop.is_set():
+        with _stop_signal() as signalled, self._bar(length) as bar:
+            stop = signalled.is_set()
+            while progress.fraction(config) < 1 and not stop:
                 figures = self._step()
                 progress.step += 1
-                progress.seconds = time.monotonic() - self._clock
+                stop, progress.seconds = self.world.agree(
+                    signalled.is_set(), time.monotonic() - self._clock
+                )
                 done = progress.step if config.steps else int(progress.seconds)
                 bar.n = min(length, done)
                 bar.set_postfix(step=progress.step, refresh=False)
                 bar.update(0)
                 if progress.step % config.log_steps == 0:
-                    self._check_loss(figures["loss"])
-                    self._log({name: float(value) for name, value in figures.items()})
+                    self._log_step(figures)
                 if progress.seconds - validated >= 60 * config.validate_minutes:
                     validated = progress.seconds
-                    self._log(self.task.validate(self.average, progress.step))
+                    if self.first:
+                        self._log(self.task.validate(self.average, progress.step))
                 if progress.seconds - saved >= 60 * config.checkpoint_minutes:
                     saved = progress.seconds
-                    self._check_loss(figures["loss"])
+                    self._check(figures)
                     self.save()
-            progress.seconds = time.monotonic() - self._clock
             if figures is not None:
-                self._check_loss(figures["loss"])
+                self._check(figures)
             self.save()
         finished = progress.fraction(config) >= 1
-        if finished:
+        if finished and self.first:
             self._log({"finished": True, **self.task.validate(self.average, progress.step)})
+        self.world.wait()
         return finished
 
     def _step(self) -> dict[str, Tensor | float]:
@@ -192,8 +219,10 @@ class Run:
             loss, figures = self.task.loss(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))
-        self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.world.size > 1:
+            self.world.mean_(p.grad for p in trained if p.grad is not None)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -203,14 +232,31 @@ class Run:
             torch._foreach_lerp_(
                 list(self.average.parameters()), list(self.task.model.parameters()), 1 - decay
             )
+            for ours, theirs in zip(self.average.buffers(), self.task.model.buffers(), strict=True):
+                ours.copy_(theirs)
         return {"loss": loss.detach(), "gradient_norm": norm, "learning_rate": rate, **figures}
 
     def _bar(self, length: int) -> tqdm[NoReturn]:
         initial = self.progress.step if self.config.steps else int(self.progress.seconds)
         unit = "step" if self.config.steps else "s"
         return tqdm(
-            total=length, initial=min(initial, length), unit=unit, desc=self.out.name, mininterval=2
+            total=length,
+            initial=min(initial, length),
+            unit=unit,
+            desc=self.out.name,
+            mininterval=2,
+            disable=not self.first,
         )
+
+    def _log_step(self, figures: dict[str, Tensor | float]) -> None:
+        """Logs a step: means over all processes."""
+        self._check(figures)
+        values = {k: torch.as_tensor(v, dtype=torch.float64).cpu() for k, v in figures.items()}
+        stacked = torch.stack(list(values.values()))
+        self.world.mean_([stacked])
+        means = dict(zip(values, stacked.tolist(), strict=True))
+        if self.first:
+            self._log(means)
 
     def _log(self, figures: dict[str, Any]) -> None:
         line = {
@@ -223,33 +269,40 @@ class Run:
         with open(self.out / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _check_loss(self, loss: Tensor | float) -> None:
-        """Stops before weights that are spoilt are saved."""
-        if not math.isfinite(float(loss)):
-            raise TrainingError(
-                f"the loss became {float(loss)} at step {self.progress.step}; start again in a new "
-                "folder with a lower --learning-rate"
-            )
+    def _check(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Stops all processes before weights that are spoilt are saved."""
+        names = ["loss"] if self.scaler.is_enabled() else ["loss", "gradient_norm"]
+        values = torch.tensor([float(figures[name]) for name in names])
+        self.world.mean_([values])
+        for name, value in zip(names, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name.replace('_', ' ')} became {value} at step {self.progress.step}; "
+                    "start again in a new folder with a lower --learning-rate"
+                )
 
     # --- checkpoints ---
 
     def save(self) -> None:
-        """Writes the whole state, atomically."""
-        state = self.optimizer.state_dict()
+        """Writes the whole state, atomically (the first process does)."""
+        if not self.first:
+            return
         tensors = {f"model.{k}": v for k, v in self.task.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        scalars: dict[str, Any] = {}
-        for index, entries in state["state"].items():
-            for name, value in entries.items():
-                key = f"optimizer.{index}.{name}"
-                (tensors if isinstance(value, Tensor) else scalars)[key] = value
+        optimizer_tensors, optimizer_scalars = pack_optimizer(self.optimizer)
+        task_tensors, task_scalars = self.task.state()
         checkpoint.save(
             self.out / CHECKPOINT_FILE,
-            tensors,
+            {
+                **tensors,
+                **optimizer_tensors,
+                **{f"task.{k}": v for k, v in task_tensors.items()},
+            },
             kind="TrainingRun",
             config=asdict(self.config),
             progress=asdict(self.progress),
-            optimizer_scalars=scalars,
+            optimizer_scalars=optimizer_scalars,
+            task_scalars=task_scalars,
             scaler=self.scaler.state_dict(),
         )
 
@@ -257,22 +310,19 @@ class Run:
         tensors, header = checkpoint.load(path, kind="TrainingRun")
         try:
             for prefix, model in (("model.", self.task.model), ("average.", self.average)):
-                model.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                )
+                model.load_state_dict(_under(prefix, tensors))
         except RuntimeError as error:
             raise TrainingError(
                 f"{path}: holds the run of another model; name a new folder"
             ) from error
-        entries: dict[int, dict[str, Any]] = {}
-        for key, value in {**tensors, **header["optimizer_scalars"]}.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                entries.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        unpack_optimizer(self.optimizer, tensors, header["optimizer_scalars"])
+        self.task.load_state(_under("task.", tensors), header["task_scalars"])
         self.scaler.load_state_dict(header["scaler"])
         self.progress = Progress(**header["progress"])
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def read_log(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

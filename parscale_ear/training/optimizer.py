@@ -1,21 +1,22 @@
-"""The optimizer: Muon for convolutions and matrices, AdamW for biases and other vectors.
+"""The optimizer: Muon for convolutions and matrices, NAdamW for biases and other vectors.
 
 Muon (Jordan et al., 2024) orthogonalises the momentum of every matrix; timm's version flattens a
-convolution to (out, in · kernel) and hands vectors to AdamW. ``match_rms_adamw`` scales its steps
+convolution to (out, in · kernel) and hands vectors to NAdamW. ``match_rms_adamw`` scales its steps
 so that learning rates known from AdamW carry over (Liu et al., "Muon is Scalable for LLM
 Training", 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """Muon with an AdamW fallback, no weight decay.
+    """Muon with Nesterov momentum and a NAdamW fallback, no weight decay.
 
     Args:
         parameters: what is trained.
@@ -30,4 +31,33 @@ def build_optimizer(parameters: Iterable[nn.Parameter], rate: float) -> torch.op
         raise ModuleNotFoundError(
             "training needs timm >= 1.0.21: pip install 'timm>=1.0.21' (the extra 'train')"
         ) from error
-    return Muon(list(parameters), lr=rate, weight_decay=0.0)
+    return Muon(list(parameters), lr=rate, weight_decay=0.0, nesterov=True)
+
+
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and scalars: ``optimizer.INDEX.NAME``."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                scalars[key] = value
+    return tensors, scalars
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """Takes up what :func:`pack_optimizer` gave; other names are passed over."""
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            entries.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})

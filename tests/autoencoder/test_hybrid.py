@@ -42,7 +42,20 @@ def test_any_latent_size(hybrid: HybridLatent, size: tuple[int, int]) -> None:
     assert hybrid(latent).shape == latent.shape
 
 
-@pytest.mark.parametrize("field", ["latent_channels", "coarse_width", "fine_width"])
-def test_config_names_the_bad_field(field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"), [("latent_channels", 0), ("coarse_width", -1), ("fine_width", -1)]
+)
+def test_config_names_the_bad_field(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
-        HybridConfig(**{field: 0})
+        HybridConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("absent", "left"), [("coarse", "fine"), ("fine", "coarse")])
+def test_a_branch_can_be_left_out(absent: str, left: str) -> None:
+    widths = {"coarse_width": 8, "fine_width": 8, f"{absent}_width": 0}
+    hybrid = HybridLatent(HybridConfig(latent_channels=4, **widths))
+    assert {name.split(".")[0] for name, _ in hybrid.named_parameters()} == {left}
+    latent = torch.randn(1, 4, 8, 8)
+    assert torch.equal(hybrid(latent), hybrid(latent, {left}))
+    assert torch.equal(hybrid(latent, {absent}), latent)
+    assert hybrid.flops(8, 8) == hybrid.flops(8, 8, {left}) > hybrid.flops(8, 8, {absent}) == 0

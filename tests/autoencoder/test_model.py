@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from parscale_ear.autoencoder.config import ParScaleEARConfig
+from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.litevae import LiteVAE, LiteVAEConfig
-from parscale_ear.autoencoder.model import ParScaleEAR, ParScaleEARConfig, shipped_weights
-from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checkpoint import CheckpointError, load
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
 
@@ -50,10 +52,23 @@ class TestShapes:
     def test_without_hybrid_and_normalisation_it_is_the_litevae(self, tiny: ParScaleEAR) -> None:
         config = ParScaleEARConfig(litevae=tiny.config.litevae, hybrid=None)
         model, litevae = ParScaleEAR(config), LiteVAE(tiny.config.litevae)
-        litevae.load_state_dict(model.state_dict())
+        litevae.load_state_dict(model.state_dict(), strict=False)
         x = images(2, 3, 64, 64)
         torch.testing.assert_close(model(x), litevae(x), atol=1e-6, rtol=1e-5)
         assert model.flops(64, 64) == litevae.flops(64, 64)
+
+    @pytest.mark.parametrize("size", [(17, 16), (100, 75), (33, 64)])
+    def test_padding_takes_any_size(self, tiny: ParScaleEAR, size: tuple[int, int]) -> None:
+        x = images(2, 3, *size)
+        with pytest.raises(ValueError, match="multiples of 16"):
+            tiny(x)
+        padded = torch.nn.functional.pad(x, (0, -size[1] % 16, 0, -size[0] % 16), mode="replicate")
+        assert torch.equal(tiny(x, pad=True), tiny(padded)[..., : size[0], : size[1]])
+        latent = tiny.encode(x, pad=True).mode()
+        assert latent.shape[2:] == (-(-size[0] // 16), -(-size[1] // 16))
+        assert tiny.decode(latent, size=size).shape == x.shape
+        with pytest.raises(ValueError, match="size must lie in"):
+            tiny.decode(latent, size=(1000, 16))
 
     def test_without_hybrid_enhance_hands_on(self) -> None:
         model = ParScaleEAR(ParScaleEARConfig(hybrid=None))
@@ -67,6 +82,8 @@ class TestPosterior:
             ParScaleEARConfig(litevae=tiny.config.litevae, hybrid=tiny.config.hybrid)
         )
         plain.load_state_dict(tiny.state_dict())
+        plain.latent_mean.zero_()
+        plain.latent_std.fill_(1)
         x = images(2, 3, 64, 64)
         ours, raw = tiny.encode(x), plain.encode(x)
         torch.testing.assert_close(ours.mean * tiny.latent_std + tiny.latent_mean, raw.mean)
@@ -148,8 +165,6 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("fields", "name"),
         [
-            ({"latent_mean": (0.0,)}, "latent_mean"),
-            ({"latent_std": (0.0,) * 32}, "latent_std"),
             ({"litevae": LiteVAEConfig(latent_channels=8)}, "latent_channels"),
         ],
     )
@@ -199,7 +214,8 @@ class TestFiles:
     def test_parameter_names_are_pinned(self) -> None:
         names = [f"{k} {tuple(v.shape)}" for k, v in ParScaleEAR().state_dict().items()]
         assert names == KEYS.read_text().splitlines()
-        assert {name.split(".")[0] for name in names} == {"encoder", "hybrid", "decoder"}
+        parts = {name.split(".")[0].split(" ")[0] for name in names}
+        assert parts == {"encoder", "hybrid", "decoder", "latent_mean", "latent_std"}
 
     def test_save_and_load_give_the_same_bits(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
         path = tiny.save_pretrained(tmp_path / "run", note="ours")
@@ -237,7 +253,9 @@ class TestFiles:
         self, tiny: ParScaleEAR, tmp_path: Path
     ) -> None:
         whole = tiny.save_pretrained(tmp_path / "whole.safetensors")
-        part = tiny.save_pretrained(tmp_path / "part.safetensors", encoder_in=whole.name)
+        part = tiny.save_pretrained(
+            tmp_path / "part.safetensors", shared_parts=("encoder",), shared_file=whole.name
+        )
         assert part.stat().st_size < whole.stat().st_size
         x = images(1, 3, 32, 32)
         assert torch.equal(ParScaleEAR.from_pretrained(part)(x), tiny(x))
@@ -250,6 +268,24 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=r"whole\.safetensors: no such weight file"):
             ParScaleEAR.from_pretrained(part)
 
+    def test_a_shared_hybrid_must_be_the_same_too(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
+        whole = tiny.save_pretrained(tmp_path / "whole.safetensors")
+        part = tiny.save_pretrained(
+            tmp_path / "part.safetensors",
+            shared_parts=("encoder", "hybrid"),
+            shared_file=whole.name,
+        )
+        assert not any(k.startswith(("encoder", "hybrid")) for k in load(part)[0])
+        x = images(1, 3, 32, 32)
+        assert torch.equal(ParScaleEAR.from_pretrained(part)(x), tiny(x))
+        assert tiny.hybrid is not None
+        assert tiny.hybrid.fine is not None
+        with torch.no_grad():
+            tiny.hybrid.fine.expand.bias += 1
+        tiny.save_pretrained(whole)
+        with pytest.raises(CheckpointError, match="from one release"):
+            ParScaleEAR.from_pretrained(part)
+
     def test_files_can_be_read_by_others(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
         (tmp_path / "plain").touch()
         path = tiny.save_pretrained(tmp_path)
@@ -258,6 +294,10 @@ class TestFiles:
     def test_unknown_variant(self) -> None:
         with pytest.raises(ValueError, match="variant must be"):
             shipped_weights("large")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="decoder must be"):
+            shipped_weights(decoder="blurred")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no sharp decoder for the baseline"):
+            shipped_weights("baseline", "sharp")
 
 
 class TestPrecision:
@@ -282,14 +322,20 @@ class TestPrecision:
 
 
 class TestShippedWeights:
-    def test_both_share_one_latent_space(self, photographs: torch.Tensor) -> None:
-        models = [ParScaleEAR.from_pretrained(variant=v) for v in ("baseline", "hybrid")]
-        assert models[0].latent_fingerprint() == models[1].latent_fingerprint()
+    def test_all_share_one_latent_space(self, photographs: torch.Tensor) -> None:
+        models = [
+            ParScaleEAR.from_pretrained(variant="baseline"),
+            ParScaleEAR.from_pretrained(decoder="faithful"),
+            ParScaleEAR.from_pretrained(decoder="sharp"),
+        ]
         assert models[0].hybrid is None
         x = photographs[:1].float() / 127.5 - 1
         with torch.inference_mode():
-            first, second = (m.encode(x).mode() for m in models)
-        assert torch.equal(first, second)
+            latents = [m.encode(x).mode() for m in models]
+        for model, latent in zip(models[1:], latents[1:], strict=True):
+            assert model.latent_fingerprint() == models[0].latent_fingerprint()
+            assert torch.equal(latent, latents[0])
+        assert not torch.equal(models[1](x), models[2](x))
 
     def test_latents_are_normalised(self, shipped: ParScaleEAR, photographs: torch.Tensor) -> None:
         with torch.inference_mode():
@@ -305,9 +351,9 @@ class TestShippedWeights:
         with torch.inference_mode():
             here = shipped.encode(x[..., :-16]).mode()
             there = shipped.encode(x[..., 16:]).mode()
-        # Convolutions reach 3 positions at 1/16, 2 at 1/8 and 3 at 1/4: 4.75 latent positions.
+        k = shipped.encoder.radius()  # what the border reaches
         torch.testing.assert_close(
-            here[..., 5:-5, 6:-5], there[..., 5:-5, 5:-6], atol=1e-4, rtol=1e-4
+            here[..., k:-k, k + 1 : -k], there[..., k:-k, k : -k - 1], atol=1e-4, rtol=1e-4
         )
 
 

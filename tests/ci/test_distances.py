@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ci._distances import HIGHEST_PSNR, compare
+from ci._distances import HIGHEST_PSNR, compare, distance_head, distance_rows
 from parscale_ear.data.reference import ReferenceSet
 
 
@@ -18,7 +18,7 @@ class MeanColour:
 
 def reference() -> ReferenceSet:
     """Two crops each of four scenes, dealt in turn; the scenes differ, their crops hardly."""
-    shades = torch.tensor([0, 60, 120, 180, 2, 62, 122, 182], dtype=torch.uint8)
+    shades = torch.tensor([20, 60, 120, 180, 22, 62, 122, 182], dtype=torch.uint8)
     pictures = shades[:, None, None, None].expand(-1, 3, 32, 32).contiguous()
     return ReferenceSet(pictures, (0, 1, 2, 3, 0, 1, 2, 3), ("",) * 8, "shades", "")
 
@@ -26,17 +26,22 @@ def reference() -> ReferenceSet:
 def test_equal_and_shifted_variants() -> None:
     found = reference()
     variants = {"same": found.pictures, "lighter": found.pictures + 10}
-    result = compare(found, variants, MeanColour(), against="same", repeats=20, seed=0)
+    result = compare(found, variants, MeanColour(), against={"lighter": "same"}, repeats=20, seed=0)
     same, lighter = result["variants"]["same"], result["variants"]["lighter"]
     assert same["psnr_db"]["value"] == HIGHEST_PSNR  # exact: no infinity in a report
     assert abs(same["distance"]["value"]) < 1e-6
     assert abs(lighter["distance"]["value"] - 3 * 10**2) < 1e-6
-    assert abs(result["differences"]["lighter"]["distance"]["value"] - 300) < 1e-6
+    difference = result["differences"]["lighter"]
+    assert difference["against"] == "same"
+    assert abs(difference["distance"]["value"] - 300) < 1e-6
+    assert difference["haarpsi"]["value"] < 0
+    head, rows = distance_head(result), distance_rows(result)
+    assert all(len(row) == len(head) for row in rows)
+    assert [row[0] for row in rows] == ["same", "lighter", "lighter − same"]
+    assert rows[0][head.index("MS-SSIM")] == "—"  # not defined for 32 pixels
 
 
 def test_the_yardstick_halves_every_photograph() -> None:
     found = reference()
-    result = compare(
-        found, {"same": found.pictures}, MeanColour(), against="same", repeats=2, seed=0
-    )
+    result = compare(found, {"same": found.pictures}, MeanColour(), against={}, repeats=2, seed=0)
     assert abs(result["reference_distance"] - 3 * 2**2) < 1e-6

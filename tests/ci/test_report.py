@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ci._readme
 import ci.report
 from ci import _common
 from ci._figures import picture_grid
@@ -37,7 +38,9 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
 
 def test_the_readmes_figures_are_the_committed_ones(kept: dict[str, dict[str, Any]]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert ci.report.with_figures(text, kept) == text
+    assert ci._readme.with_figures(text, kept) == text
+    trials = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert ci._readme.with_trials(trials) == trials
 
 
 def test_the_committed_reports_are_of_one_full_run_of_these_weights(
@@ -49,7 +52,7 @@ def test_the_committed_reports_are_of_one_full_run_of_these_weights(
 
 def test_a_readme_without_marks(kept: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(_common.UsageError, match="lacks the marks"):
-        ci.report.with_figures("# README", kept)
+        ci._readme.with_figures("# README", kept)
 
 
 def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_the_page_is_whole_and_self_contained(page: str, kept: dict[str, dict[st
     checker.open_tags = []
     checker.feed(page)
     assert checker.open_tags == []
-    assert checker.pictures == 3
+    assert checker.pictures == (5 if ci._evidence.TRAINING.exists() else 4)
     assert "something &lt;is&gt; wrong" in page
     assert "UNUSABLE" in page
     for report in kept.values():
@@ -93,13 +96,14 @@ def test_the_grid_shows_originals_and_their_differences(tmp_path: Path) -> None:
     path.write_bytes(picture_grid(torch.device("cpu")))
     pixels = np.asarray(Image.open(path)).astype(float)
     assert pixels.shape == (6 * 260 - 4, 4 * 260 - 4, 3)
-    original, baseline, hybrid, difference = (
+    original, faithful, sharp, difference = (
         pixels[:256, 260 * k : 260 * k + 256] for k in range(4)
     )
-    expected = np.clip((hybrid - original) * 5 + 128, 0, 255)
+    expected = np.clip((faithful - original) * 5 + 128, 0, 255)
     np.testing.assert_allclose(difference, expected, atol=1)
-    for restored in (baseline, hybrid):
+    for restored in (faithful, sharp):
         assert 0 < np.abs(restored - original).mean() < 12
+    assert not np.array_equal(faithful, sharp)
 
 
 def test_the_page_in_a_browser(page: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import ci.quick_check
 import ci.report
 import ci.sanity
 import ci.validate_results
-from ci import _common
+from ci import _common, _evidence
 from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
 from parscale_ear.profiling.latency import benchmark_model_precise
 
@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reports of a small, real run."""
     folder = tmp_path_factory.mktemp("results")
     common = ["--quick", "--device", "cpu", "--output"]
-    few = ["--num-samples", "14", "--features", "efficientnet-lite0"]
+    few = ["--num-samples", "14", "--features", "efficientnet-lite1"]
     assert ci.sanity.main([*common, str(folder / "sanity.json")]) == 0
     assert ci.latency.main([*common, str(folder / "latency.json"), "--num-runs", "1"]) == 0
     assert ci.fid_eval.main([*common, str(folder / "fid.json"), *few]) in (0, 1)
@@ -62,7 +62,7 @@ class TestReports:
             for target in report["targets"]
             if target["status"] == "SKIPPED"
         ]
-        assert len(skipped) >= 3  # CUDA memory, CUDA latency, Inception
+        assert len(skipped) >= 4  # CUDA memory, CUDA latency, Inception, controlled training
         assert all(target["why"] for target in skipped)
 
     def test_the_switched_off_model_is_the_baselines_kin(
@@ -152,6 +152,33 @@ class TestTargets:
 
         assert ci.ablation.branch_verdicts(result(-0.1))["coarse"] == "used"
         assert ci.ablation.branch_verdicts(result(0.1))["fine"] == "not used"
+
+    def test_an_extractor_that_took_part_in_training_does_not_judge(self) -> None:
+        def result(name: str) -> dict[str, Any]:
+            row = {"distance": {"value": 1.0}, "relative_distance": {"value": -0.5}}
+            return {
+                "distance_name": name,
+                "differences": {"hybrid": row, "sharp": row},
+                "variants": {"sharp": {"psnr_db": {"value": 26.0}}},
+            }
+
+        for name, expected in (
+            ("FD-EfficientNetLite0", "SKIPPED"),
+            ("FD-EfficientNetLite1", "PASS"),
+        ):
+            targets = ci.fid_eval._targets(result(name), "hybrid")
+            lowered = [t for t in targets if "sharp − faithful" in t.name]
+            assert [t.status for t in lowered] == [expected]
+
+    def test_the_hybrids_worth_needs_an_interval_below_0(self) -> None:
+        def evidence(high: float) -> dict[str, Any]:
+            row = {"clean": {"minus_hybrid": {"value": -1.0, "low": -2.0, "high": high}}}
+            variants = dict.fromkeys(_evidence.VERDICTS, row)
+            return {"variants": variants, "seeds": [0, 1], "steps": 10}
+
+        assert {t.status for t in _evidence.training_targets(evidence(-0.1))} == {"PASS"}
+        assert {t.status for t in _evidence.training_targets(evidence(0.1))} == {"MISSED"}
+        assert {t.status for t in _evidence.training_targets(None)} == {"SKIPPED"}
 
     def test_latency_without_a_gpu_is_skipped_not_passed(self) -> None:
         rows = [{"p99_ms_per_image": 0.5}]

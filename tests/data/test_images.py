@@ -110,3 +110,35 @@ class TestFinding:
             ImageRef(tmp_path / "cut.png").load()
         with pytest.raises(ImageError, match=r"text\.png: not a readable picture"):
             ImageRef(tmp_path / "text.png").load()
+
+
+def test_webdataset_shards_with_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as archive:
+            for sample in range(2):
+                buffer = io.BytesIO()
+                gradient(width=20 + 2 * shard + sample).save(buffer, format="JPEG")
+                files = {"jpg": buffer.getvalue(), "cls": f"{10 * shard + sample}\n".encode()}
+                for extension, content in files.items():
+                    info = tarfile.TarInfo(f"{shard}{sample}.{extension}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    refs = find_images([folder])
+    assert [ref.relative for ref in refs] == ["00.jpg", "01.jpg", "10.jpg", "11.jpg"]
+    assert [ref.label for ref in refs] == ["0", "1", "10", "11"]
+    assert [ref.load().width for ref in refs] == [20, 21, 22, 23]
+
+
+def test_names_and_classes_of_a_folder(tmp_path: Path) -> None:
+    for name in ("top.png", "cat/a.png", "dog/deep/b.png"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gradient().save(path)
+    refs = find_images([tmp_path / "set"])
+    assert {r.relative: r.label for r in refs} == {
+        "top.png": "",
+        "cat/a.png": "cat",
+        "dog/deep/b.png": "deep",
+    }

@@ -8,7 +8,7 @@ from PIL import Image
 
 from parscale_ear.data import reference
 from parscale_ear.data.images import ImageError
-from parscale_ear.data.reference import load_reference, wheel_reference
+from parscale_ear.data.reference import load_reference, wheel_reference, wheel_squares
 
 
 def test_the_default_is_200_crops_and_more_of_many_scenes() -> None:
@@ -72,3 +72,18 @@ def test_wrong_use() -> None:
         load_reference(1)
     with pytest.raises(ValueError, match="wheels or imagenette"):
         load_reference(5, name="coco")
+
+
+def test_squares_of_several_sizes() -> None:
+    small, source = wheel_squares(128)
+    assert small.shape == (14, 3, 128, 128)
+    assert source == "14 photographs"
+    large, _ = wheel_squares(512)
+    assert 4 <= len(large) < 14  # none is enlarged
+    mosaics, source = wheel_squares(1024)
+    assert mosaics.shape[1:] == (3, 1024, 1024)
+    assert "mosaics" in source
+    assert torch.equal(mosaics[0, :, 512:, :512], large[2])
+    for side, message in ((8191, "no photographs"), (2048, "too few photographs")):
+        with pytest.raises(ValueError, match=message):
+            wheel_squares(side)

@@ -9,7 +9,7 @@ import torch
 from parscale_ear.data.images import resize_and_crop, to_tensor, to_uint8
 from parscale_ear.data.reference import wheel_photographs
 from parscale_ear.metrics.features import (
-    EfficientNetLite0,
+    EfficientNetLite,
     FeatureError,
     Inception,
     inception_weights,
@@ -18,19 +18,19 @@ from parscale_ear.metrics.features import (
 from parscale_ear.metrics.frechet import frechet_distance
 
 
-@pytest.fixture(scope="module")
-def extractor() -> EfficientNetLite0:
-    return EfficientNetLite0()
+@pytest.fixture(scope="module", params=[0, 1])
+def extractor(request: pytest.FixtureRequest) -> EfficientNetLite:
+    return EfficientNetLite(request.param)
 
 
-def test_shape_and_determinism(extractor: EfficientNetLite0, photographs: torch.Tensor) -> None:
+def test_shape_and_determinism(extractor: EfficientNetLite, photographs: torch.Tensor) -> None:
     first, second = extractor(photographs[:3]), extractor(photographs[:3])
     assert first.shape == (3, extractor.dimensions)
     assert first.dtype == torch.float32
     assert torch.equal(first, second)
 
 
-def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite0) -> None:
+def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite) -> None:
     """Its ImageNet classes: the cat is a cat, so weights and preprocessing fit."""
     scenes = dict(wheel_photographs())
     names = ("chelsea", "coffee")
@@ -43,7 +43,7 @@ def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite0) -> None:
 
 
 def test_the_distance_grows_with_damage(
-    extractor: EfficientNetLite0, photographs: torch.Tensor
+    extractor: EfficientNetLite, photographs: torch.Tensor
 ) -> None:
     originals = extractor(photographs).numpy()
     distances = []
@@ -88,7 +88,7 @@ class TestInception:
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
         found, note = load_extractor("auto")
-        assert found.distance == "FD-EfficientNetLite0"
+        assert found.distance == "FD-EfficientNetLite1"
         assert "could not be downloaded" in note
         assert str(tmp_path) not in note  # it goes into reports
         assert "--inception-weights" in caplog.text
@@ -96,5 +96,5 @@ class TestInception:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(FeatureError, match="auto, inception or efficientnet-lite0"):
+    with pytest.raises(FeatureError, match="auto, inception, efficientnet-lite1 or -lite0"):
         load_extractor("resnet")  # type: ignore[arg-type]

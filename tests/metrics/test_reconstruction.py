@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from parscale_ear.metrics.reconstruction import psnr, ssim
+from parscale_ear.metrics.reconstruction import haarpsi, ms_ssim, psnr, ssim
 
 
 @pytest.fixture
@@ -47,3 +47,23 @@ def test_refuses_anything_but_8_bits(function: object) -> None:
     for first, second in ((good.float(), good), (good, good[0]), (good, good[..., :8])):
         with pytest.raises(ValueError, match="expected"):
             function(first, second)  # type: ignore[operator]
+
+
+def test_similarities_fall_with_damage(photographs: torch.Tensor) -> None:
+    originals = photographs[:3]
+    noise = torch.randn(originals.shape)
+    for metric in (ms_ssim, haarpsi):
+        means = []
+        for strength in (0, 5, 20):
+            damaged = (originals + strength * noise).round().clamp(0, 255).to(torch.uint8)
+            values = metric(damaged, originals)
+            assert values.shape == (3,)
+            means.append(values.mean())
+        assert means[0] == pytest.approx(1, abs=1e-5)
+        assert means[0] > means[1] > means[2] > 0
+
+
+def test_ms_ssim_needs_room_for_five_scales(photographs: torch.Tensor) -> None:
+    small = photographs[:1, :, :160, :160]
+    with pytest.raises(ValueError, match="at least 161 pixels"):
+        ms_ssim(small, small)

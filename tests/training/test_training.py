@@ -6,17 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from parscale_ear import checkpoint
+from parscale_ear.autoencoder.config import ParScaleEARConfig
+from parscale_ear.autoencoder.litevae import LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import from_uint8
+from parscale_ear.data.crops import RandomCrops
+from parscale_ear.data.images import find_images, from_uint8
 from parscale_ear.metrics.reconstruction import ssim
-from parscale_ear.training.autoencoder import Recipe, train_autoencoder
+from parscale_ear.training.autoencoder import grown, train_autoencoder
+from parscale_ear.training.autoencoder_task import AutoencoderTask, CropsAhead
+from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
     LoopConfig,
@@ -27,6 +35,7 @@ from parscale_ear.training.loop import (
     read_log,
 )
 from parscale_ear.training.losses import log_mse_loss, ssim_loss
+from parscale_ear.training.recipe import STAGES, Recipe
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
 
@@ -50,6 +59,13 @@ class Toy:
         x = torch.randn(64, 6, generator=torch.Generator().manual_seed(-1))
         with torch.no_grad():
             return {"error": float((model(x) - x.flip(1)).square().mean())}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        assert not tensors
+        assert not scalars
 
 
 def config(steps: int = 40) -> LoopConfig:
@@ -118,7 +134,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
             return loss * float("nan"), figures
 
     for steps in (40, 3):  # seen at a line of the log, and at the end
-        with pytest.raises(TrainingError, match="the loss became nan"):
+        with pytest.raises(TrainingError, match="became nan"):
             Run(Broken(), config(steps), tmp_path / str(steps)).train()
         assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
 
@@ -172,32 +188,134 @@ def recipe(folder: Path, **changes: object) -> Recipe:
     return Recipe(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def test_the_recipe_gives_two_models_on_one_latent(
+def test_the_recipe_gives_three_decoders_on_one_latent(
     folder_of_pictures: Path, tmp_path: Path
 ) -> None:
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
     out = tmp_path / "run"
-    assert train_autoencoder(recipe(folder_of_pictures), out)
-    vae, baseline, hybrid = (
-        ParScaleEAR.from_pretrained(out / f"{name}.safetensors")
-        for name in ("vae", "baseline", "hybrid")
-    )
-    assert baseline.latent_fingerprint() == hybrid.latent_fingerprint()
-    for model in (baseline, hybrid):
-        for a, b in zip(
-            vae.encoder.state_dict().values(), model.encoder.state_dict().values(), strict=True
-        ):
-            assert torch.equal(a, b)
-        assert not torch.equal(vae.decoder.bands2.weight, model.decoder.bands2.weight)
-    assert baseline.hybrid is None
-    assert hybrid.hybrid is not None
-    _, header = checkpoint.load(out / "hybrid.safetensors")
-    assert header["training"]["steps"] == 2
+    assert train_autoencoder(recipe(folder_of_pictures, steps=25), out)
+    models = {name: ParScaleEAR.from_pretrained(out / f"{name}.safetensors") for name in STAGES}
+    faithful = models["hybrid"]
+    assert not torch.equal(faithful.encoder.level2.weight, models["vae"].encoder.level2.weight)
+    for name in ("baseline", "sharp"):
+        assert models[name].latent_fingerprint() == faithful.latent_fingerprint()
+        ours, theirs = models[name].decoder.bands2.weight, faithful.decoder.bands2.weight
+        assert not torch.equal(ours, theirs)
+    assert models["baseline"].hybrid is None
+    assert models["sharp"].hybrid is not None
+    assert faithful.hybrid is not None
+    for a, b in zip(faithful.hybrid.parameters(), models["sharp"].hybrid.parameters(), strict=True):
+        assert torch.equal(a, b)
+    _, header = checkpoint.load(out / "sharp.safetensors")
+    history = header["training"]["history"]
+    assert [stage["stage"] for stage in history] == ["vae", "hybrid", "sharp"]
+    assert [stage["steps"] for stage in history] == [15, 5, 3]
+    assert {stage["damaged"] for stage in history} == {1}
+    assert history[0]["images"] == ["pictures"]  # no machine path
     assert header["training"]["validation"]["psnr_db"] > 0
-    assert header["training"]["recipe"]["images"] == ["pictures"]  # no machine path
-    for name in ("curves.png", "hybrid/log.jsonl"):
+    for name in ("curves.png", "sharp/log.jsonl"):
         assert (out / name).stat().st_size > 0
     assert len(list((out / "vae").glob("validation_*.png"))) == 1
-    assert train_autoencoder(recipe(folder_of_pictures), out, resume=True)  # nothing left to do
+    assert train_autoencoder(recipe(folder_of_pictures, steps=25), out, resume=True)  # nothing left
+
+
+def test_running_statistics_find_mean_and_deviation(
+    tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
+    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    world = OneProcess(torch.device("cpu"))
+    task = AutoencoderTask("vae", tiny, crops, recipe(tmp_path), shown, tmp_path, world)
+    mean = torch.tensor([3.0, 0.0, -1.0, 0.5]).reshape(4, 1, 1)
+    deviation = torch.tensor([2.0, 0.5, 1.0, 4.0]).reshape(4, 1, 1)
+    for _ in range(800):
+        raw = mean + deviation * torch.randn(8, 4, 4, 4)
+        task._update_statistics((raw - tiny.latent_mean) / tiny.latent_std)
+    torch.testing.assert_close(tiny.latent_mean / deviation, mean / deviation, atol=0.05, rtol=0)
+    torch.testing.assert_close(tiny.latent_std / deviation, torch.ones(4, 1, 1), atol=0.05, rtol=0)
+
+
+def test_latent_noise_has_the_strength_asked_for(
+    tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
+    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    world = OneProcess(torch.device("cpu"))
+    asked = recipe(tmp_path, latent_noise=0.4)
+    task = AutoencoderTask("vae", tiny, crops, asked, shown, tmp_path, world)
+    task.batch = 500
+    latent = torch.zeros(500, 4, 8, 8)
+    strengths = task._noisy(7, latent).std(dim=(1, 2, 3))
+    assert torch.equal(task._noisy(7, latent), task._noisy(7, latent))
+    assert strengths.max() < 0.45
+    assert abs(strengths.mean() - 0.2) < 0.02
+
+
+def test_it_starts_from_given_weights(folder_of_pictures: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_autoencoder(recipe(folder_of_pictures, steps=5), first)
+    start = str(first / "hybrid.safetensors")
+    assert train_autoencoder(
+        recipe(folder_of_pictures, steps=5, start=start, learning_rate=1e-9), second
+    )
+    ours, theirs = (
+        ParScaleEAR.from_pretrained(path).encoder.level2.weight
+        for path in (start, second / "vae.safetensors")
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_batches_prepared_ahead_are_the_same(folder_of_pictures: Path) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
+    ahead = CropsAhead(crops, 3, 2, workers=2)
+    for step in (0, 1, 2, 7):
+        assert torch.equal(ahead.batch(step), crops.batch(step, 3, 2))
+
+
+def test_a_process_takes_its_stretch_of_a_batch(folder_of_pictures: Path) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
+    whole = crops.batch(5, 6)
+    assert torch.equal(torch.cat((crops.batch(5, 4), crops.batch(5, 2, first=4))), whole)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(
+    folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    """Through Accelerate, as ``accelerate launch`` starts them on several GPUs; here with gloo."""
+    pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
+    common = [
+        *("parscale_ear.cli", "train", "autoencoder", "--images", str(folder_of_pictures)),
+        *("--steps", "30", "--crop", "32", "--final-crop", "64", "--precision", "fp32"),
+        *("--device", "cpu", "--learning-rate", "0.02", "--latent-noise", "0.1"),
+    ]
+    one = [sys.executable, "-m"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command, batch, name in ((one, "16", "one"), ([*two, "-m"], "8", "two")):
+        done = subprocess.run(
+            [*command, *common, "--batch", batch, "--out", str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    torch.manual_seed(0)
+    fresh = ParScaleEAR().state_dict()
+    for stage in STAGES:
+        alone, together = (tmp_path / name / f"{stage}.safetensors" for name in ("one", "two"))
+        crops = [
+            checkpoint.load(path)[1]["training"]["history"][-1]["crops"]
+            for path in (alone, together)
+        ]
+        assert crops[0] == crops[1]  # two processes did share the batch
+        ours, theirs = (ParScaleEAR.from_pretrained(p).state_dict() for p in (alone, together))
+        moved = difference = 0.0
+        for key, value in ours.items():
+            moved += float((value - fresh[key]).square().sum())
+            difference += float((theirs[key] - value).square().sum())
+        assert difference < 1e-4 * moved
+    assert json.loads((tmp_path / "two" / "recipe.json").read_text())["processes"] == 2
 
 
 def test_another_recipe_does_not_resume(folder_of_pictures: Path, tmp_path: Path) -> None:
@@ -207,6 +325,21 @@ def test_another_recipe_does_not_resume(folder_of_pictures: Path, tmp_path: Path
         train_autoencoder(recipe(folder_of_pictures, steps=3, batch=4), out, resume=True)
     with pytest.raises(TrainingError, match="already holds a run"):
         train_autoencoder(recipe(folder_of_pictures, steps=3), out)
+
+
+def test_only_more_blocks_can_be_grown(tmp_path: Path) -> None:
+    plain = replace(LiteVAEConfig(), encoder_bottlenecks=(0, 0, 0), decoder_blocks=(2, 1, 1))
+    small = ParScaleEAR(ParScaleEARConfig(litevae=plain)).eval()
+    larger = grown(small, ParScaleEARConfig()).eval()
+    assert larger.parameter_count()["total"] > small.parameter_count()["total"]
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(larger(x), small(x))  # the new blocks do nothing yet
+    for config in (
+        ParScaleEARConfig(litevae=plain, hybrid=None),
+        ParScaleEARConfig(litevae=replace(plain, encoder_widths=(64, 96, 96))),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match="another shape"):
+            grown(ParScaleEAR(config), ParScaleEARConfig())
 
 
 def test_autocast_trains_too(folder_of_pictures: Path, tmp_path: Path) -> None:
@@ -222,6 +355,8 @@ def test_autocast_trains_too(folder_of_pictures: Path, tmp_path: Path) -> None:
         {"learning_rate": 0.0},
         {"steps": -5},
         {"seed": -1},
+        {"adversarial_weight": float("nan")},
+        {"latent_noise": -0.1},
     ],
 )
 def test_recipe_names_the_bad_field(tmp_path: Path, changes: dict[str, object]) -> None:
@@ -237,10 +372,10 @@ def test_killed_at_any_moment_it_resumes_exactly(folder_of_pictures: Path, tmp_p
         "from pathlib import Path\n"
         "import torch\n"
         "torch.set_num_threads(1)\n"
-        "from parscale_ear.training import autoencoder, loop\n"
+        "from parscale_ear.training import autoencoder, loop, recipe as recipes\n"
         "plain = loop.LoopConfig\n"
-        "autoencoder.LoopConfig = lambda **k: plain(**k, checkpoint_minutes=1e-9, log_steps=1)\n"
-        "recipe = autoencoder.Recipe(images=(sys.argv[1],), minutes=None, steps=40, batch=2,\n"
+        "recipes.LoopConfig = lambda **k: plain(**k, checkpoint_minutes=1e-9, log_steps=1)\n"
+        "recipe = recipes.Recipe(images=(sys.argv[1],), minutes=None, steps=60, batch=2,\n"
         "    crop=32, final_crop=64, precision='fp32')\n"
         "autoencoder.train_autoencoder(recipe, Path(sys.argv[2]), resume=True)\n"
     )
@@ -251,7 +386,7 @@ def test_killed_at_any_moment_it_resumes_exactly(folder_of_pictures: Path, tmp_p
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert start(whole).wait() == 0
-    for step in (6, 15):
+    for step in (8, 20):
         process = start(parts)
         deadline = time.monotonic() + 120
         while not any(line["step"] >= step for line in read_log(parts / "vae")):
@@ -262,11 +397,11 @@ def test_killed_at_any_moment_it_resumes_exactly(folder_of_pictures: Path, tmp_p
         process.wait()
         assert not (parts / "hybrid.safetensors").exists()
     assert start(parts).wait() == 0
-    for stage in ("vae", "baseline", "hybrid"):
+    for stage in STAGES:
         ours, theirs = (checkpoint.load(out / stage / CHECKPOINT_FILE)[0] for out in (parts, whole))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert not list((parts / stage).glob(".*.part"))
         steps = [line["step"] for line in read_log(parts / stage) if "loss" in line]
         assert steps == list(range(1, len(steps) + 1))
-    assert json.loads((parts / "recipe.json").read_text())["steps"] == 40
+    assert json.loads((parts / "recipe.json").read_text())["steps"] == 60

@@ -1,0 +1,175 @@
+"""The README's figures, written from the committed reports of a full run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ci import _common as ci
+from ci import _evidence
+from ci._distances import distance_head, distance_rows
+from ci._quality import SIZE_HEAD, latent_line, size_rows
+from ci._tables import (
+    TOKENIZER_HEAD,
+    TOKENIZER_NOTE,
+    TRIAL_HEAD,
+    tokenizer_rows,
+    training_head,
+    training_rows,
+    trial_rows,
+)
+from ci.validate_results import REPORTS, milestone_rows
+from parscale_ear import checkpoint
+
+README = ci.ROOT / "README.md"
+EXPERIMENTS = ci.ROOT / "docs" / "experiments.md"
+BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
+
+
+def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README's figures as Markdown, each with hardware, dtype, sample count and date."""
+    sanity, latency, fid, ablation = (reports[name] for name in REPORTS)
+
+    def origin(report: Mapping[str, Any], samples: str) -> str:
+        return (
+            f"*{report['device']}, {report['threads']} threads, {report['dtype']}, {samples}, "
+            f"torch {report['torch']}, {report['date'][:10]}.*"
+        )
+
+    compared = latency["figures"]["against_autoencoder_tiny"]
+    counts = sanity["figures"]["parameters"]
+    lines = [
+        f"Parameters: encoder {counts['encoder']:,}, hybrid {counts['hybrid']:,}, "
+        f"decoder {counts['decoder']:,}, together {counts['total']:,}.",
+        "",
+        "**Milestones**",
+        "",
+        _markdown(
+            ("milestone", "target", "value", "limit", "status"),
+            [row[:5] for row in milestone_rows(reports)],
+        ),
+        "",
+        f"**Latency** ({latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image)",
+        "",
+        _markdown(
+            ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
+            [
+                (
+                    str(row["batch_size"]),
+                    *(f"{row[f'{key}_ms_per_image']:.1f}" for key in ("mean", "p50", "p99")),
+                    f"{row['images_per_s']:.0f}",
+                    f"{row['fraction_of_compute_roof']:.0%}",
+                )
+                for row in latency["figures"]["batches"]
+            ],
+        ),
+        "",
+        origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
+    ]
+    if compared is not None:
+        lines.append(
+            f"In the same run, plain FP32, batch {compared['batch_size']}: "
+            f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
+            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs)."
+        )
+    if latency["device_type"] != "cuda":
+        lines.append("**Not measured on a GPU yet.**")
+    for title, report in (
+        ("Reconstruction", fid),
+        ("Ablation by switching branches off", ablation),
+    ):
+        figures = report["figures"]
+        reference = figures["reference"]
+        samples = f"{reference['pictures']} crops of {reference['photographs']} scenes"
+        rows = distance_rows(figures)
+        head = distance_head(figures)
+        lines += ["", f"**{title}**", "", _markdown(head, rows), "", origin(report, samples)]
+        if reference["warning"]:
+            lines.append(f"Note: {reference['warning']}.")
+    lines += _readme_quality(fid["figures"])
+    used = ", ".join(f"{k}: {v}" for k, v in ablation["figures"]["branches"].items())
+    lines.append(f"Branches in the trained model — {used} (used is not the same as worth it).")
+    precision = sanity["figures"]["precision"]
+    lines += [
+        "",
+        "**Half precision** against FP32 on the same photographs: "
+        + "; ".join(
+            f"{name} relative error {row['relative_error']:.1e}, {row['psnr_lost_db']:+.4f} dB lost"
+            for name, row in precision.items()
+            if name != "float32"
+        )
+        + ". "
+        + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
+    ]
+    return "\n".join(lines)
+
+
+def _readme_quality(figures: Mapping[str, Any]) -> list[str]:
+    """Sizes, latent, published tokenizers and the controlled training, for the README."""
+    lines = [
+        "",
+        "**By size**",
+        "",
+        _markdown(SIZE_HEAD, size_rows(figures["sizes"])),
+        "",
+        "; ".join(f"{row['side']}: {row['source']}" for row in figures["sizes"]) + ".",
+        "",
+        f"**The latent**: {latent_line(figures['latent'])}.",
+        "",
+        "**Beside published tokenizers**",
+        "",
+        _markdown(TOKENIZER_HEAD[:-1], [row[:-1] for row in tokenizer_rows()]),
+        "",
+        f"{TOKENIZER_NOTE} Sources: ci/_published.py.",
+        "",
+    ]
+    evidence = _evidence.read(_evidence.TRAINING)
+    if evidence is not None:
+        lines += [
+            "**What the hybrid is worth**: PSNR in dB of models trained alike with and without it "
+            f"({evidence['steps']:,} steps, {len(evidence['seeds'])} seeds), and the difference to "
+            "the hybrid.",
+            "",
+            _markdown(training_head(evidence), training_rows(evidence)),
+            "",
+        ]
+    return lines
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_readme(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Puts the figures between the marks of README.md, the trials between those of the experiments.
+
+    Raises:
+        UsageError: the marks are not there.
+    """
+    readme = with_figures(README.read_text(encoding="utf-8"), reports)
+    experiments = with_trials(EXPERIMENTS.read_text(encoding="utf-8"))
+    checkpoint.write_text(README, readme)
+    checkpoint.write_text(EXPERIMENTS, experiments)
+
+
+def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A README's text with its figures replaced."""
+    return _between_marks(text, readme_figures(reports), "the README")
+
+
+def with_trials(text: str) -> str:
+    """The experiments' text with the table of trials replaced."""
+    trials = _evidence.read(_evidence.TRIALS)
+    if trials is None:
+        raise ci.UsageError(f"{_evidence.TRIALS.name} is missing; git checkout it")
+    table = _markdown(TRIAL_HEAD, trial_rows(trials))
+    return _between_marks(text, f"{table}\n\n{trials['conditions']}", "docs/experiments.md")
+
+
+def _between_marks(text: str, content: str, name: str) -> str:
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ci.UsageError(f"{name} lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"

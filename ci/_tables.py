@@ -1,0 +1,100 @@
+"""Rows of the tables that the HTML report and the README both show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ci._published import TOKENIZERS
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.files import shipped_weights
+from parscale_ear.autoencoder.model import ParScaleEAR
+
+TOKENIZER_HEAD = (
+    *("tokenizer", "latent", "parameters, M", "GFLOP", "PSNR, dB", "SSIM", "measured on", "source"),
+)
+TOKENIZER_NOTE = (
+    "Published figures are their authors' or those of the paper named, on ImageNet validation "
+    "pictures, which could not be had here; ours (*) are of other photographs, by the same "
+    "protocol. They stand side by side for the order of size, not for a ranking to a tenth of a "
+    "decibel. Most of the others were trained with perceptual and adversarial losses, which cost "
+    "PSNR."
+)
+TRIAL_HEAD = (
+    *("change", "parameters", "GFLOP", "ms/image", "minutes", "steps", "PSNR, dB", "SSIM", "seed"),
+)
+
+
+def own_figures() -> dict[str, float]:
+    """Our PSNR and SSIM on the validation pictures of the model card, and our size."""
+    figures = checkpoint.load(shipped_weights())[1]["training"]["validation"]
+    model = ParScaleEAR.from_pretrained()
+    return {
+        **{key: figures[key] for key in ("psnr_db", "ssim", "pictures")},
+        "parameters_m": model.parameter_count()["total"] / 1e6,
+        "gflop": model.flops() / 1e9,
+    }
+
+
+def tokenizer_rows() -> list[tuple[str, ...]]:
+    """Published tokenizers, and ours last."""
+
+    def text(value: float | None, digits: int) -> str:
+        return "—" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        (
+            *(row.name, row.latent, text(row.parameters_m, 1), text(row.gflop, 0)),
+            *(f"{row.psnr_db:.2f}", f"{row.ssim:.3f}", "ImageNet validation, 256×256"),
+            row.source + (f"; FLOPs: {row.counted}" if row.counted else ""),
+        )
+        for row in TOKENIZERS
+    ]
+    ours = own_figures()
+    rows.append(
+        (
+            *("ours*", "f16c32", f"{ours['parameters_m']:.2f}", f"{ours['gflop']:.1f}"),
+            *(f"{ours['psnr_db']:.2f}", f"{ours['ssim']:.3f}"),
+            f"{ours['pictures']} other photographs, 256×256",
+            "the model card beside the weights",
+        )
+    )
+    return rows
+
+
+def training_head(evidence: Mapping[str, Any]) -> tuple[str, ...]:
+    """The head of a table of ``training_rows``."""
+    return ("variant", "parameters", *evidence["variants"]["hybrid"])
+
+
+def training_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Mean PSNR by variant and condition, and the difference to the hybrid."""
+    rows = []
+    for name, conditions in evidence["variants"].items():
+        cells = []
+        for entry in conditions.values():
+            cell = f"{entry['psnr_db']['value']:.2f}"
+            if "minus_hybrid" in entry:
+                value, low, high = (entry["minus_hybrid"][k] for k in ("value", "low", "high"))
+                cell += f" ({value:+.3f} [{low:+.3f}, {high:+.3f}])"
+            cells.append(cell)
+        rows.append((name, f"{evidence['models'][name]['parameters']:,}", *cells))
+    return rows
+
+
+def trial_rows(trials: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of the table of trials."""
+    return [
+        (
+            row["change"],
+            f"{row['parameters']:,}",
+            f"{row['gflop']:.2f}",
+            f"{row['ms_per_image']:.1f}",
+            f"{row['minutes']:g}",
+            f"{row['steps']:,}",
+            f"{row['psnr_db']:.2f}",
+            f"{row['ssim']:.4f}",
+            str(row["seed"]),
+        )
+        for row in trials["trials"]
+    ]

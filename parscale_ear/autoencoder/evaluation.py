@@ -1,0 +1,159 @@
+"""How well an autoencoder reconstructs a folder of pictures, by the usual protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
+from parscale_ear.data.images import ImageError, ImageRef
+from parscale_ear.data.reading import read_squares
+from parscale_ear.device import DTYPES
+from parscale_ear.metrics.features import FeatureChoice, load_extractor
+from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.reconstruction import MS_SSIM_SIDE, haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.parallel import Progress, run_shares
+
+HIGHEST_PSNR = 100.0  # dB, of one picture: one that comes back exactly has no finite PSNR
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is measured, and with what."""
+
+    weights: Path | None = None  # None: the shipped ones
+    side: int = 256  # pictures become squares of this side by the protocol
+    dtype: str = "fp32"  # of the computation
+    batch: int = 8  # pictures at a time
+    features: FeatureChoice = "auto"  # what the distance is measured in
+    inception_weights: Path | None = None  # pytorch-fid's file
+
+
+@dataclass(frozen=True)
+class _Share:
+    refs: list[ImageRef]
+    options: EvaluationOptions
+    device: str
+
+
+def evaluate(
+    refs: Sequence[ImageRef],
+    options: EvaluationOptions,
+    *,
+    devices: Sequence[str] = ("cpu",),
+    progress: Progress = lambda count: None,
+) -> dict[str, Any]:
+    """Means over pictures, and the distance between reconstructions and originals.
+
+    Args:
+        refs: the pictures.
+        options: what to measure.
+        devices: one a process.
+        progress: called with the number of pictures done.
+
+    Returns:
+        ``psnr_db``, ``ssim``, ``ms_ssim`` (None below 161 pixels), ``haarpsi``,
+        ``frechet_distance`` with ``distance_name`` (None for fewer than two pictures),
+        ``images_per_s`` of the model alone, ``pictures``, ``skipped`` (name → why).
+
+    Raises:
+        ImageError: no picture can be read.
+        FeatureError: the extractor cannot be had.
+        WorkerError: a process failed.
+    """
+    # The extractor is found (and fetched) once, before processes start.
+    extractor, note = load_extractor(options.features, weights=options.inception_weights)
+    options = replace(options, features=extractor.name)  # type: ignore[arg-type]
+    shares = [
+        _Share(list(refs[k :: len(devices)]), options, device)
+        for k, device in enumerate(devices)
+        if refs[k :: len(devices)]
+    ]
+    results = run_shares(_evaluate_share, shares, progress)
+    values = {
+        key: np.concatenate([r["values"][key] for r in results]) for key in results[0]["values"]
+    }
+    count = len(values["psnr_db"])
+    skipped: dict[str, str] = {}
+    for result in results:
+        skipped |= result["skipped"]
+    if not count:
+        raise ImageError("none of the pictures can be read")
+    distance = None
+    if count > 1:
+        features = [np.concatenate([r[k] for r in results]) for k in ("restored", "originals")]
+        distance = frechet_distance(*features)
+    return {
+        "pictures": count,
+        "side": options.side,
+        "dtype": options.dtype,
+        **{k: float(v.mean()) if not np.isnan(v).any() else None for k, v in values.items()},
+        "frechet_distance": distance,
+        "distance_name": results[0]["distance"],
+        "features_note": note,
+        "images_per_s": count / max(r["seconds"] for r in results),
+        "processes": len(shares),
+        "skipped": skipped,
+    }
+
+
+def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
+    """The figures of one process's pictures."""
+    options = share.options
+    model = ParScaleEAR.from_pretrained(
+        options.weights, device=share.device, dtype=DTYPES[options.dtype]
+    )
+    extractor, _ = load_extractor(
+        options.features, device=share.device, weights=options.inception_weights
+    )
+    keys = ("psnr_db", "ssim", "ms_ssim", "haarpsi")
+    values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in keys}
+    features: dict[str, list[torch.Tensor]] = {"restored": [], "originals": []}
+    skipped: dict[str, str] = {}
+    seconds = 0.0
+    squares = read_squares(share.refs, options.side, 1, 2 * options.batch)
+    ended = False
+    while not ended:
+        batch: list[torch.Tensor] = []
+        done = 0
+        while len(batch) < options.batch:
+            item = next(squares, None)
+            if item is None:
+                ended = True
+                break
+            done += 1
+            if isinstance(item[1], str):
+                skipped[item[0].relative] = item[1]
+            else:
+                batch.append(item[1])
+        if batch:
+            originals = torch.stack(batch)
+            began = time.perf_counter()
+            restored = reconstruct_pictures(model, originals, batch_size=options.batch)
+            seconds += time.perf_counter() - began
+            values["psnr_db"].append(np.minimum(psnr(restored, originals), HIGHEST_PSNR))
+            values["ssim"].append(ssim(restored, originals))
+            large = options.side >= MS_SSIM_SIDE
+            values["ms_ssim"].append(
+                ms_ssim(restored, originals) if large else np.full(len(batch), np.nan)
+            )
+            values["haarpsi"].append(haarpsi(restored, originals))
+            features["restored"].append(extractor(restored))
+            features["originals"].append(extractor(originals))
+        progress(done)
+    empty = torch.empty(0, extractor.dimensions)
+    return {
+        "values": {k: np.concatenate([np.empty(0), *v]) for k, v in values.items()},
+        **{k: torch.cat([empty, *v]).double().numpy() for k, v in features.items()},
+        "skipped": skipped,
+        "seconds": max(seconds, 1e-9),
+        "distance": extractor.distance,
+    }

@@ -1,0 +1,326 @@
+"""Encodes a data set once, for those who train generators.
+
+Work is dealt out in shards; several processes, on several machines too, can share one folder. What
+a killed job had finished stays, and the same call does the rest.
+
+Shapes: B batch, Z latent channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.litevae import STRIDE
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.data import latents as store
+from parscale_ear.data.images import (
+    ImageError,
+    ImageRef,
+    from_uint8,
+)
+from parscale_ear.data.reading import read_squares
+from parscale_ear.device import DTYPES
+from parscale_ear.parallel import Progress, run_shares
+
+LOOKAHEAD = 4  # batches that are read ahead of the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What decides the latents of a job; stored in its index."""
+
+    side: int = 256  # pictures become squares of this side: short side resized, centre cut out
+    mirror: bool = False  # also encode every picture mirrored
+    dtype: str = "fp32"  # of the computation and of what is stored: fp32, fp16 or bf16
+    batch: int = 1  # pictures at a time; kernels may round differently for another number
+    shard: int = 512  # pictures in a shard
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        if self.side < STRIDE or self.side % STRIDE:
+            raise ValueError(f"side must be a multiple of {STRIDE}, got {self.side}")
+        for name in ("batch", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in ("fp32", "fp16", "bf16"):
+            raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """What a job did."""
+
+    pictures: int  # in the finished folder
+    encoded: int  # by this call
+    skipped: dict[str, str]  # name → why
+    seconds: float  # of this call
+    reading: float  # fraction of the time that the model waited for pictures
+
+    @property
+    def bound_by(self) -> str:
+        """What more speed would have to come from."""
+        return "reading pictures" if self.reading > 0.5 else "the model"
+
+
+def encode_folder(
+    refs: Sequence[ImageRef],
+    out: Path,
+    options: CacheOptions,
+    *,
+    weights: Path | None = None,
+    devices: Sequence[str] = ("cpu",),
+    readers: int = 2,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = lambda count: None,
+) -> CacheResult:
+    """Encodes pictures into ``out``, or what is left to do there.
+
+    Args:
+        refs: the pictures, in the order in which they are stored.
+        out: a new folder, or one that an earlier call with the same pictures and options began.
+        options: what to store.
+        weights: of the autoencoder; None: the shipped ones.
+        devices: one a process.
+        readers: threads that read pictures, a process.
+        rank: number of this job among ``world`` jobs that share the folder.
+        world: how many jobs share it.
+        progress: called with the number of pictures done, those of an earlier call too.
+
+    Returns:
+        What was done. With ``world`` above 1 the last job to end finishes the index.
+
+    Raises:
+        CheckpointError: ``out`` holds other latents, or the weights cannot be used.
+        ImageError: no picture can be read.
+        WorkerError: a process failed.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in [0, {world}), got {rank}")
+    names = [f"{ref.origin}\t{ref.relative}\t{ref.label}" for ref in refs]
+    model = ParScaleEAR.from_pretrained(weights)
+    classes = _classes(refs)
+    job = {
+        **asdict(options),
+        "latent_fingerprint": model.latent_fingerprint(),
+        "pictures": len(refs),
+        "list_sha256": store.list_digest(names),
+    }
+    _claim(out, job, classes)
+    starts = range(0, len(refs), options.shard)
+    missing: list[int] = []
+    for number, start in enumerate(starts):
+        if _shard_done(out / store.shard_name(number), job):
+            progress(min(options.shard, len(refs) - start))
+        else:
+            missing.append(number)
+    began = time.monotonic()
+    mine = [number for number in missing if number % world == rank]  # whoever starts first
+    shares = [mine[k :: len(devices)] for k in range(len(devices))]
+    work = [
+        _Share(
+            {n: list(refs[n * options.shard : (n + 1) * options.shard]) for n in share},
+            out,
+            options,
+            weights,
+            device,
+            readers,
+            classes,
+            job,
+        )
+        for share, device in zip(shares, devices, strict=True)
+        if share
+    ]
+    results = run_shares(_encode_share, work, progress) if work else []
+    seconds = time.monotonic() - began
+    waited = sum(r["waited"] for r in results)
+    busy = sum(r["busy"] for r in results)
+    index = _finish(out, job, classes, len(starts))
+    return CacheResult(
+        pictures=index["count"],
+        encoded=sum(r["encoded"] for r in results),
+        skipped=index["skipped"],
+        seconds=seconds,
+        reading=waited / max(waited + busy, 1e-9),
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    refs: dict[int, list[ImageRef]]  # number of a shard → its pictures
+    out: Path
+    options: CacheOptions
+    weights: Path | None
+    device: str
+    readers: int
+    classes: list[str]
+    job: dict[str, Any]
+
+
+def _classes(refs: Sequence[ImageRef]) -> list[str]:
+    """Classes by name; numbers in the order of numbers."""
+    labels = {ref.label for ref in refs} - {""}
+    return sorted(labels, key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
+
+
+def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> None:
+    """Takes a new folder, or checks that the one there is of the same job."""
+    path = out / store.INDEX_FILE
+    if out.exists() and not out.is_dir():
+        raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
+    if path.exists():
+        found = store.read_index(out)
+        changed = sorted(k for k in job if found["job"].get(k) != job[k])
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{out} holds latents with another {', '.join(changed)}; give the same pictures "
+                "and options to go on, or name a new folder"
+            )
+        return
+    # Another job may be about to write the index; its unfinished file counts for nothing.
+    strangers = out.exists() and any(not p.name.endswith(".part") for p in out.iterdir())
+    if strangers and not path.exists():
+        raise checkpoint.CheckpointError(
+            f"{out} is not empty and holds no latents; name a new folder"
+        )
+    _write_index(out, job, classes, [], {}, complete=False)
+
+
+def _write_index(
+    out: Path,
+    job: dict[str, Any],
+    classes: list[str],
+    shards: list[dict[str, Any]],
+    skipped: dict[str, str],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    index = {
+        "format": store.FORMAT,
+        "complete": complete,
+        "count": sum(shard["count"] for shard in shards),
+        "latent_fingerprint": job["latent_fingerprint"],
+        "mirrored": job["mirror"],
+        "classes": classes,
+        "job": job,
+        "skipped": skipped,
+        "shards": shards,
+    }
+    checkpoint.write_text(out / store.INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def _shard_done(path: Path, job: dict[str, Any]) -> bool:
+    if not path.is_file():
+        return False
+    if store.shard_header(path)["config"] != job:
+        raise checkpoint.CheckpointError(f"{path}: of another job; delete it, or name a new folder")
+    return True
+
+
+def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> dict[str, Any]:
+    """Writes the index from the shards that are there; complete when all are."""
+    shards: list[dict[str, Any]]
+    skipped: dict[str, str]
+    paths = [out / store.shard_name(number) for number in range(count)]
+    while True:
+        there = [path for path in paths if path.is_file()]
+        shards, skipped = [], {}
+        for path in there:
+            header = store.shard_header(path)
+            shards.append(
+                {"file": path.name, "count": len(header["names"]), "sha256": header["sha256"]}
+            )
+            skipped |= header["skipped"]
+        complete = len(there) == count
+        index = _write_index(out, job, classes, shards, skipped, complete=complete)
+        # Another job may have ended meanwhile: no index may be older than the shards.
+        if complete or there == [path for path in paths if path.is_file()]:
+            break
+    if complete:
+        for part in out.glob(".shard-*.part"):  # of jobs that were killed while writing
+            part.unlink(missing_ok=True)
+    if complete and not index["count"]:
+        raise ImageError("none of the pictures can be read")
+    return index
+
+
+def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
+    """Encodes the shards of one process."""
+    options = share.options
+    dtype = DTYPES[options.dtype]
+    model = ParScaleEAR.from_pretrained(share.weights, device=share.device, dtype=dtype)
+    waited = busy = 0.0
+    encoded = 0
+    for number, refs in share.refs.items():
+        squares = read_squares(refs, options.side, share.readers, LOOKAHEAD * options.batch)
+        names: list[str] = []
+        labels: list[int] = []
+        skipped: dict[str, str] = {}
+        batch: list[Tensor] = []
+        parts: list[Tensor] = []
+        mirrored: list[Tensor] = []
+        ended = False
+        while not ended:
+            began = time.monotonic()
+            done = 0
+            while len(batch) < options.batch:
+                item = next(squares, None)
+                if item is None:
+                    ended = True
+                    break
+                ref, pixels = item
+                done += 1
+                if isinstance(pixels, str):
+                    skipped[ref.relative] = pixels
+                    continue
+                batch.append(pixels)
+                names.append(ref.relative)
+                labels.append(share.classes.index(ref.label) if ref.label else -1)
+            waited += time.monotonic() - began
+            if batch:
+                began = time.monotonic()
+                images = torch.stack(batch)
+                parts.append(encode_pictures(model, images))
+                if options.mirror:
+                    mirrored.append(encode_pictures(model, images.flip(-1)))
+                busy += time.monotonic() - began
+                encoded += len(batch)
+                batch = []
+            progress(done)
+        channels = model.config.litevae.latent_channels
+        side = options.side // STRIDE
+        empty = torch.empty(0, channels, side, side, dtype=dtype)
+        store.write_shard(
+            share.out,
+            number,
+            torch.cat([empty, *parts]),
+            labels,
+            names,
+            mirrored=torch.cat([empty, *mirrored]) if options.mirror else None,
+            skipped=skipped,
+            job=share.job,
+        )
+    return {"waited": waited, "busy": busy, "encoded": encoded}
+
+
+@torch.inference_mode()
+def encode_pictures(model: ParScaleEAR, pictures: Tensor) -> Tensor:
+    """8-bit pictures (B, 3, H, W) → the posterior's mode (B, Z, h, w), on the CPU."""
+    weight = next(model.parameters())
+    images = from_uint8(pictures.to(weight.device))
+    images = images.to(weight.dtype, memory_format=torch.channels_last)
+    return model.encode(images).mode().contiguous().cpu()

@@ -1,0 +1,105 @@
+"""Decodes a folder of latents to pictures.
+
+Shapes: B batch, Z latent channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.data import latents as store
+from parscale_ear.data.images import save_png
+from parscale_ear.device import DTYPES
+from parscale_ear.parallel import Progress, run_shares
+
+
+def decode_folder(
+    folder: Path,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    dtype: str = "fp32",
+    devices: Sequence[str] = ("cpu",),
+    batch: int = 16,
+    progress: Progress = lambda count: None,
+) -> int:
+    """Decodes every latent of a folder to a PNG; pictures that are there already stay.
+
+    Args:
+        folder: that ``encode_folder`` wrote.
+        out: gets a PNG a latent, named as the picture was.
+        weights: of the autoencoder; None: the shipped ones.
+        dtype: of the computation: fp32, fp16 or bf16.
+        devices: one a process.
+        batch: latents at a time.
+        progress: called with the number of latents done.
+
+    Returns:
+        The number of pictures written by this call.
+
+    Raises:
+        CheckpointError: the latents are of another latent space than the model's, or damaged.
+        WorkerError: a process failed.
+    """
+    model = ParScaleEAR.from_pretrained(weights)
+    data = store.LatentDataset(folder, fingerprint=model.latent_fingerprint())
+    numbers = range(len(data.index["shards"]))
+    shares = [
+        (folder, out, weights, dtype, device, batch, list(numbers[k :: len(devices)]))
+        for k, device in enumerate(devices)
+        if numbers[k :: len(devices)]
+    ]
+    if out.exists() and not out.is_dir():
+        raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return sum(run_shares(_decode_share, shares, progress))
+
+
+def _decode_share(share: Any, progress: Progress) -> int:
+    """Decodes the shards of one process."""
+    folder, out, weights, dtype, device, batch, shards = share
+    model = ParScaleEAR.from_pretrained(weights, device=device, dtype=DTYPES[dtype])
+    data = store.LatentDataset(folder)
+    sizes = [shard["count"] for shard in data.index["shards"]]
+    paths = _picture_paths(data, out)
+    written = 0
+    for number in shards:
+        start = sum(sizes[:number])
+        rows = [k for k in range(start, start + sizes[number]) if not paths[k].exists()]
+        progress(sizes[number] - len(rows))
+        for first in range(0, len(rows), batch):
+            part = rows[first : first + batch]
+            stacked = torch.stack([data[k]["latent"] for k in part])
+            with torch.inference_mode():
+                weight = next(model.parameters())
+                latent = stacked.to(weight.device, weight.dtype)
+                images = model.decode(model.enhance(latent), clamp=True).float().cpu()
+            for row, image in zip(part, images, strict=True):
+                save_png(image, paths[row])
+            written += len(part)
+            progress(len(part))
+    return written
+
+
+def _picture_paths(data: store.LatentDataset, out: Path) -> list[Path]:
+    """Where every picture goes; namesakes get a number, and nothing leaves ``out``."""
+    paths: list[Path] = []
+    taken: set[str] = set()
+    for shard in data.index["shards"]:
+        for name in store.shard_header(data.folder / shard["file"])["names"]:
+            parts = [p for p in PurePosixPath(name).parts if p not in ("..", "/", os.sep)]
+            stem = PurePosixPath(*parts).with_suffix("") if parts else PurePosixPath("picture")
+            candidate, number = str(stem), 1
+            while candidate.lower() in taken:
+                number += 1
+                candidate = f"{stem}_{number}"
+            taken.add(candidate.lower())
+            paths.append(out / f"{candidate}.png")
+    return paths

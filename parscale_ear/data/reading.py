@@ -1,0 +1,45 @@
+"""Reads pictures ahead of whoever uses them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from parscale_ear.data.images import ImageError, ImageRef, resize_and_crop
+
+
+def read_squares(
+    refs: Sequence[ImageRef], side: int, readers: int, ahead: int
+) -> Iterator[tuple[ImageRef, Tensor | str]]:
+    """Pictures by the protocol, in order, read ahead by threads.
+
+    Yields:
+        A picture and its pixels, (3, side, side), 8-bit, or why it cannot be read.
+    """
+
+    def load(ref: ImageRef) -> Tensor | str:
+        try:
+            square = np.array(resize_and_crop(ref.load(), side))
+        except ImageError as error:
+            return str(error)
+        return torch.from_numpy(square).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(max_workers=max(1, readers)) as pool:
+        pending: deque[tuple[ImageRef, Future[Tensor | str]]] = deque()
+        try:
+            for ref in refs:
+                pending.append((ref, pool.submit(load, ref)))
+                if len(pending) > ahead:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()

@@ -1,0 +1,123 @@
+"""Several processes on one job: each takes a share, reports progress, and hands back a result.
+
+A share is worked through by a picklable function in a process of its own (spawned, so that CUDA
+and threads are safe). With one process all happens in the caller's, with nothing to start.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import queue
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.queues import Queue
+from typing import Any
+
+import torch
+
+Progress = Callable[[int], object]  # called with the number of things done since the last call
+Work = Callable[[Any, Progress], Any]  # a share and where to report progress → a result
+_POLL_S = 0.5
+
+
+class WorkerError(RuntimeError):
+    """A process failed; the message is one line, the traceback is in the notes."""
+
+
+def worker_devices(device: torch.device, processes: int | None) -> list[str]:
+    """The device of every process.
+
+    Args:
+        device: what was asked for; ``cuda`` without a number stands for all GPUs.
+        processes: how many; None: one a GPU, or one on the CPU.
+
+    Raises:
+        ValueError: ``processes`` is below 1.
+    """
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if device.type == "cuda" and device.index is None:
+        gpus = torch.cuda.device_count()
+        return [f"cuda:{k % gpus}" for k in range(processes or gpus)]
+    return [str(device)] * (processes or 1)
+
+
+def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[Any]:
+    """Runs ``work(share, progress)`` for every share, each in its own process.
+
+    Args:
+        work: a function that spawned processes can import.
+        shares: one a process; picklable. A single one is worked through in this process.
+        progress: called in this process with the number of things done.
+
+    Returns:
+        The results, in the order of the shares.
+
+    Raises:
+        WorkerError: a process failed or died; the others are stopped.
+    """
+    if len(shares) == 1:
+        return [work(shares[0], progress)]
+    context = multiprocessing.get_context("spawn")
+    messages: Queue[tuple[int, str, Any]] = context.Queue()
+    threads = max(1, math.floor((os.cpu_count() or 1) / len(shares)))
+    processes = [
+        context.Process(target=_work, args=(k, work, share, messages, threads), daemon=True)
+        for k, share in enumerate(shares)
+    ]
+    results: dict[int, Any] = {}
+    gone: set[int] = set()  # ended, and nothing was heard of them for one more turn
+    for process in processes:
+        process.start()
+    try:
+        while len(results) < len(shares):
+            try:
+                index, kind, content = messages.get(timeout=_POLL_S)
+            except queue.Empty:
+                _check_alive(processes, results, gone)
+                continue
+            if kind == "progress":
+                progress(content)
+            elif kind == "result":
+                results[index] = content
+            else:
+                line, trace = content
+                error = WorkerError(line)
+                if hasattr(error, "add_note"):
+                    error.add_note(trace)
+                raise error
+    finally:
+        for process in processes:
+            if len(results) < len(shares):
+                process.terminate()
+            process.join()
+    return [results[k] for k in range(len(shares))]
+
+
+def _check_alive(processes: Sequence[Any], results: dict[int, Any], gone: set[int]) -> None:
+    """A process that was killed sends no message; one that ended may still have one under way."""
+    for index, process in enumerate(processes):
+        if index in results or process.exitcode is None:
+            continue
+        if index not in gone:
+            gone.add(index)
+        else:
+            raise WorkerError(
+                f"process {index} ended with exit code {process.exitcode} (out of memory?); try "
+                "fewer processes"
+            )
+
+
+def _work(index: int, work: Work, share: Any, messages: Any, threads: int) -> None:
+    """What runs in a process."""
+    torch.set_num_threads(threads)
+    try:
+        result = work(share, lambda count: messages.put((index, "progress", count)))
+        messages.put((index, "result", result))
+    except KeyboardInterrupt:
+        return  # the parent was interrupted too, and says so
+    except Exception as error:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        messages.put((index, "error", (line, traceback.format_exc())))

@@ -1,0 +1,188 @@
+"""The losses of the autoencoder's stages, and the batches that they are taken on.
+
+Shapes: B batch, Z latent channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
+from parscale_ear.data.crops import RandomCrops
+from parscale_ear.data.images import grid, save_png
+from parscale_ear.metrics.reconstruction import mean_quality
+from parscale_ear.training.distributed import World
+from parscale_ear.training.losses import log_mse_loss, ssim_loss
+from parscale_ear.training.perceptual import Adversary, FeatureLoss
+from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
+
+STATISTICS_DECAY = 0.99  # of the latent's running mean and variance, a step
+PICTURES_SHOWN = 6
+
+
+class AutoencoderTask:
+    """Reconstruction loss and KL of one stage."""
+
+    def __init__(
+        self,
+        stage: str,
+        model: ParScaleEAR,
+        crops: RandomCrops,
+        recipe: Recipe,
+        validation: Tensor,
+        folder: Path,
+        world: World,
+    ) -> None:
+        """Sets up one stage; ``validation`` is (N, 3, 256, 256), 8-bit."""
+        self.stage, self.model, self.recipe = stage, model, recipe
+        self.validation, self.folder, self.world = validation, folder, world
+        self.frozen = stage in FROZEN_ENCODER
+        side, self.batch = recipe.crops(stage)
+        assert crops.side == side
+        self.crops = CropsAhead(crops, self.batch, self.batch * world.rank, recipe.workers)
+        self.adversary: Adversary | None = None
+        if stage == "sharp":
+            self.features = FeatureLoss(world.device)
+            self.adversary = Adversary(recipe.final_rate, world)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a step's batch, and its parts."""
+        images = self.crops.batch(step)
+        images = images.to(self.world.device, memory_format=torch.channels_last)
+        if self.stage == "sharp":
+            return self._sharp_loss(step, images)
+        if self.frozen:
+            with torch.no_grad():
+                latent = self._noisy(step, self.model.encode(images).mode())
+            kl = None
+        else:
+            posterior = self.model.encode(images)
+            self._update_statistics(posterior.mean)
+            noise = self._noise(step, 0, posterior.mean)
+            latent = self._noisy(
+                step, posterior.mean + (0.5 * posterior.log_variance).exp() * noise
+            )
+            kl = posterior.kl().mean()
+        restored = self.model.decode(self.model.enhance(latent))
+        loss = reconstruction = log_mse_loss(restored, images)
+        parts = {"reconstruction": reconstruction.detach()}
+        if kl is not None:
+            loss = loss + self.recipe.kl_weight * kl
+            parts["kl_nats"] = kl.detach()
+        if self.stage != "vae" and self.recipe.ssim_weight:
+            # Half of them, as it is slow: of even batches the same half for any number of processes.
+            structure = ssim_loss(restored[::2], images[::2])
+            loss = loss + self.recipe.ssim_weight * structure
+            parts["ssim"] = 1 - structure.detach()
+        return loss, parts
+
+    def _sharp_loss(self, step: int, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels, features and the critic's verdict."""
+        with torch.no_grad():
+            latent = self.model.enhance(self.model.encode(images).mode())
+        restored = self.model.decode(latent)
+        assert self.adversary is not None
+        verdict = self.adversary.step(step, images, restored)
+        reconstruction = log_mse_loss(restored, images)
+        features = self.features(restored, images)
+        loss = (
+            reconstruction
+            + self.recipe.feature_weight * features
+            + self.recipe.adversarial_weight * verdict
+        )
+        return loss, {
+            "reconstruction": reconstruction.detach(),
+            "features": features.detach(),
+            "verdict": verdict.detach(),
+            "critic": self.adversary.last_loss,
+        }
+
+    def _generators(self, step: int, purpose: int) -> list[torch.Generator]:
+        """Randomness of every picture of this process: a function of seed, step and its number."""
+        first = self.batch * self.world.rank
+        return [
+            torch.Generator().manual_seed(
+                (((self.recipe.seed * 1_000_003 + step) * 4 + purpose) * 65_537 + first + k) % 2**63
+            )
+            for k in range(self.batch)
+        ]
+
+    def _noise(self, step: int, purpose: int, like: Tensor) -> Tensor:
+        """Standard Gaussian noise of the shape, dtype and device of ``like``."""
+        generators = self._generators(step, purpose)
+        noise = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(noise).to(like)
+
+    def _noisy(self, step: int, latent: Tensor) -> Tensor:
+        """Adds noise of a strength that is drawn a picture."""
+        largest = self.recipe.latent_noise
+        if not largest:
+            return latent
+        strength = torch.cat([torch.rand(1, generator=g) for g in self._generators(step, 1)])
+        strength = largest * strength[:, None, None, None].to(latent)  # (B, 1, 1, 1)
+        return latent + strength * self._noise(step, 2, latent)
+
+    @torch.no_grad()
+    def _update_statistics(self, normalised: Tensor) -> None:
+        """Follows mean and deviation of every latent channel."""
+        model = self.model
+        values = normalised.detach().float() * model.latent_std + model.latent_mean
+        moments = torch.stack((values.mean((0, 2, 3)), values.square().mean((0, 2, 3))))
+        self.world.mean_([moments])
+        mean, square = moments[:, :, None, None]  # (Z, 1, 1) each
+        decay = STATISTICS_DECAY
+        variance = (square - mean.square()).clamp_min(1e-6)
+        old = model.latent_std.square()
+        shift = mean - model.latent_mean
+        # Of a mixture of what was followed so far and this batch. New tensors take the old ones'
+        # place, as the graph of this step still needs those.
+        mixture = decay * old + (1 - decay) * variance + decay * (1 - decay) * shift.square()
+        model.latent_std = mixture.sqrt()
+        model.latent_mean = model.latent_mean + (1 - decay) * shift
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """PSNR and SSIM on the validation pictures; writes some of them beside their originals."""
+        assert isinstance(model, ParScaleEAR)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+        restored = reconstruct_pictures(
+            model, self.validation, autocast=dtype[self.recipe.precision]
+        )
+        shown = [self.validation[:PICTURES_SHOWN], restored[:PICTURES_SHOWN]]
+        save_png(grid([list(row) for row in shown]), self.folder / f"validation_{step:07d}.png")
+        return mean_quality(restored, self.validation)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What else a checkpoint must hold."""
+        return self.adversary.state() if self.adversary is not None else ({}, {})
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave."""
+        if self.adversary is not None:
+            self.adversary.load_state(tensors, scalars)
+
+
+class CropsAhead:
+    """The batches of consecutive steps, prepared by threads while the model works."""
+
+    def __init__(self, crops: RandomCrops, size: int, first: int, workers: int) -> None:
+        self.crops, self.size, self.first, self.workers = crops, size, first, workers
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._pending: dict[int, Future[Tensor]] = {}
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of a step, as ``RandomCrops.batch`` gives it."""
+        if self._pool is None:
+            return self.crops.batch(step, self.size, self.first)
+        for ahead in range(step, step + 2 * self.workers):
+            if ahead not in self._pending:
+                self._pending[ahead] = self._pool.submit(
+                    self.crops.batch, ahead, self.size, self.first
+                )
+        return self._pending.pop(step).result()

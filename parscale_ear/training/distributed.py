@@ -1,0 +1,106 @@
+"""One process or many: what the training loop needs to know of the others.
+
+``accelerate launch`` starts the processes, on one machine or several, and Hugging Face Accelerate
+connects them. Every process holds the whole model; gradients are averaged after each step. The
+models are so small that one message a step, not overlapped with the backward pass, costs little.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class World(Protocol):
+    """The processes that train one model together."""
+
+    rank: int  # of this process
+    size: int  # number of processes
+    device: torch.device  # of this process
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces tensors by their mean over all processes."""
+
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Whether any process wants to stop, and the clock of the first."""
+
+    def wait(self) -> None:
+        """Goes on when all processes are here."""
+
+
+class OneProcess:
+    """A world of one."""
+
+    rank, size = 0, 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing to do."""
+
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """What this process says."""
+        return stop, seconds
+
+    def wait(self) -> None:
+        """Nothing to do."""
+
+
+class AcceleratedWorld:
+    """Processes that ``accelerate launch`` started."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.size: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """One message for all tensors, in FP32."""
+        parts = list(tensors)
+        flat = torch.cat([part.detach().float().reshape(-1) for part in parts])
+        flat = self.accelerator.reduce(flat.to(self.device), reduction="mean")
+        offset = 0
+        for part in parts:
+            values = flat[offset : offset + part.numel()].reshape(part.shape)
+            part.data.copy_(values)
+            offset += part.numel()
+
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Sums a flag and the first process's clock over all processes."""
+        said = torch.tensor(
+            [float(stop), seconds if self.rank == 0 else 0.0],
+            dtype=torch.float32 if self.device.type == "mps" else torch.float64,
+            device=self.device,
+        )
+        said = self.accelerator.reduce(said, reduction="sum")
+        return bool(said[0] > 0), float(said[1])
+
+    def wait(self) -> None:
+        """Goes on when all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+
+def find_world(device: torch.device) -> World:
+    """The world that this process was started in.
+
+    Args:
+        device: where a single process trains; of several, each gets its own of that type.
+
+    Raises:
+        ModuleNotFoundError: there are several processes and Accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return OneProcess(device)
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "training in several processes needs: pip install accelerate (the extra 'train')"
+        ) from error
+    return AcceleratedWorld(Accelerator(cpu=device.type == "cpu"))

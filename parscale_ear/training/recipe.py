@@ -1,0 +1,95 @@
+"""What an autoencoder's training is asked for, and what each of its stages does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parscale_ear.training.loop import LoopConfig, Precision
+
+STAGES = ("vae", "hybrid", "baseline", "sharp")
+SHARES = {"vae": 0.6, "hybrid": 0.2, "baseline": 0.08, "sharp": 0.12}  # of the whole time
+START = {"hybrid": "vae", "baseline": "hybrid", "sharp": "hybrid"}  # the stage that it goes on from
+FROZEN_ENCODER = ("baseline", "sharp")
+TRAINED = {
+    "vae": "encoder, hybrid and decoder",
+    "hybrid": "encoder, hybrid and decoder",
+    "baseline": "decoder",
+    "sharp": "decoder from 1/8 on",
+}
+SHARP_KEEPS = ("hybrid", "decoder.latent4", "decoder.features4")  # what sharp leaves as it is
+LOSSES = {  # weighted terms beside the log MSE
+    "vae": ("kl",),
+    "hybrid": ("kl", "ssim"),
+    "baseline": ("ssim",),
+    "sharp": ("feature", "adversarial"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a training was asked for; written to ``RUN/recipe.json`` and into the weights."""
+
+    images: tuple[str, ...]  # files, folders, tar archives and hf: datasets to train on
+    validation: tuple[
+        str, ...
+    ] = ()  # the same to measure on; none: some of the images are held out
+    start: str | None = None  # weights that stage vae starts from; None: fresh ones
+    minutes: float | None = 120.0  # length of all stages together, or ...
+    steps: int | None = None  # ... in steps
+    batch: int = 32  # crops a step and process in stage vae
+    crop: int = 128  # side of a crop in stage vae, pixels
+    final_crop: int = 256  # side of a crop in the other stages; a step holds as many pixels
+    learning_rate: float = 1e-3  # peak in stage vae
+    final_rate: float = 5e-4  # last in stage vae, peak in the other stages
+    kl_weight: float = 1e-4  # of the mean KL an element, in nats
+    latent_noise: float = 0.0  # largest σ of noise on the normalised latent, drawn a picture
+    ssim_weight: float = 0.05  # of 1 − SSIM in the stages hybrid and baseline
+    feature_weight: float = 0.3  # of the feature loss in stage sharp
+    adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
+    seed: int = 0  # of weights, crops and noise
+    workers: int = 0  # threads that prepare crops ahead; 0: none
+    precision: Precision = "bf16"  # autocast dtype
+    device: str = "cpu"  # torch device
+
+    def __post_init__(self) -> None:
+        """Checks the sizes.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        for name in ("crop", "final_crop"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                raise ValueError(f"{name} must be a multiple of 16, got {value}")
+        for name, least in (("batch", 1), ("seed", 0), ("steps", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("learning_rate", "final_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in (
+            *("kl_weight", "ssim_weight", "feature_weight", "adversarial_weight"),
+            "latent_noise",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        self.loop("vae")  # checks the length
+
+    def loop(self, stage: str) -> LoopConfig:
+        """The loop of one stage."""
+        share = SHARES[stage]
+        return LoopConfig(
+            minutes=None if self.minutes is None else self.minutes * share,
+            steps=None if self.steps is None else max(1, round(self.steps * share)),
+            learning_rate=self.learning_rate if stage == "vae" else self.final_rate,
+            # Stage vae ends at the rate that the next one starts from.
+            final_rate=min(1.0, self.final_rate / self.learning_rate) if stage == "vae" else 0.01,
+            precision=self.precision,
+        )
+
+    def crops(self, stage: str) -> tuple[int, int]:
+        """Side of a crop and crops a step and process in one stage."""
+        if stage == "vae":
+            return self.crop, self.batch
+        return self.final_crop, max(1, self.batch * self.crop**2 // self.final_crop**2)

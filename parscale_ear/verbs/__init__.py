@@ -1,0 +1,1 @@
+"""The verbs of ``parscale-ear``; PyTorch is imported when one runs, not before."""

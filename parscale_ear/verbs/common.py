@@ -1,0 +1,59 @@
+"""Options that several verbs have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+STOPPED = 130  # exit code of a run that a signal ended
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def add_weights(verb: argparse.ArgumentParser) -> None:
+    """``--weights``, ``--variant`` and ``--decoder``."""
+    which = verb.add_mutually_exclusive_group()
+    which.add_argument("--weights", type=Path, help="weight file or folder (default: the shipped)")
+    which.add_argument("--variant", choices=("hybrid", "baseline"), default="hybrid")
+    verb.add_argument(
+        "--decoder",
+        choices=("faithful", "sharp"),
+        help="of the shipped weights: closest to the pixels (default), or best to look at",
+    )
+
+
+def add_device(verb: argparse.ArgumentParser, *, dtype: bool = True) -> None:
+    """``--device`` and ``--dtype``."""
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    if dtype:
+        verb.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: by device")
+
+
+def add_processes(verb: argparse.ArgumentParser) -> None:
+    """``--processes``."""
+    verb.add_argument(
+        "--processes", type=positive, help="default: one a GPU with --device cuda, else one"
+    )
+
+
+def weights_of(arguments: argparse.Namespace) -> Path:
+    """The weight file that the options name.
+
+    Raises:
+        ValueError: there is no such combination.
+    """
+    from parscale_ear.autoencoder.files import resolve, shipped_weights
+
+    path: Path | None = arguments.weights
+    if path is None:
+        return shipped_weights(arguments.variant, arguments.decoder)
+    if arguments.decoder is not None:
+        raise ValueError("--decoder names one of the shipped decoders; leave it out with --weights")
+    return resolve(path)

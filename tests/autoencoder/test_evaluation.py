@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parscale_ear.autoencoder.evaluation import EvaluationOptions, evaluate
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
+from parscale_ear.data.images import ImageError, find_images, load_squares
+from parscale_ear.metrics.features import load_extractor
+from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.reconstruction import haarpsi, mean_quality
+
+OPTIONS = EvaluationOptions(side=64, batch=4, features="efficientnet-lite1")
+
+
+def test_equals_the_parts(folder_of_pictures: Path, shipped: ParScaleEAR) -> None:
+    (folder_of_pictures / "broken.png").write_bytes(b"no picture")
+    refs = find_images([folder_of_pictures])
+    done: list[int] = []
+    result = evaluate(refs, OPTIONS, progress=done.append)
+    assert sum(done) == 7
+    assert list(result["skipped"]) == ["broken.png"]
+    originals = load_squares(refs, 64)
+    restored = reconstruct_pictures(shipped, originals, batch_size=4)
+    for key, value in mean_quality(restored, originals).items():
+        assert result[key] == pytest.approx(value, abs=1e-6)
+    assert result["haarpsi"] == pytest.approx(haarpsi(restored, originals).mean(), abs=1e-6)
+    assert result["ms_ssim"] is None  # too small for five scales
+    extractor, _ = load_extractor("efficientnet-lite1")
+    features = [extractor(x).numpy().astype(np.float64) for x in (restored, originals)]
+    assert result["frechet_distance"] == pytest.approx(frechet_distance(*features), rel=1e-3)
+    assert result["distance_name"] == "FD-EfficientNetLite1"
+    assert result["images_per_s"] > 0
+
+
+def test_two_processes_give_the_same(folder_of_pictures: Path) -> None:
+    refs = find_images([folder_of_pictures])
+    one = evaluate(refs, OPTIONS)
+    two = evaluate(refs, OPTIONS, devices=("cpu", "cpu"))
+    for key in ("psnr_db", "ssim", "haarpsi", "frechet_distance"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4)
+    assert (one["processes"], two["processes"]) == (1, 2)
+
+
+def test_ms_ssim_where_it_fits(photographs: torch.Tensor, tmp_path: Path) -> None:
+    from parscale_ear.data.images import save_png
+
+    for index in range(2):
+        save_png(photographs[index], tmp_path / f"{index}.png")
+    result = evaluate(find_images([tmp_path]), EvaluationOptions(features="efficientnet-lite1"))
+    assert 0.8 < result["ms_ssim"] < 1
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match="none of the pictures"):
+        evaluate(find_images([tmp_path / "a.png"]), OPTIONS)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from parscale_ear.autoencoder.latent_cache import (
+    CacheOptions,
+    encode_folder,
+    encode_pictures,
+)
+from parscale_ear.autoencoder.latent_decoding import decode_folder
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.data.images import ImageError, ImageRef, find_images, load_squares
+from parscale_ear.data.latents import INDEX_FILE, LatentDataset, shard_name
+
+OPTIONS = CacheOptions(side=64, batch=4, shard=5)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Fourteen pictures in two classes; two of them are damaged."""
+    folder = tmp_path / "classes"
+    rng = np.random.default_rng(0)
+    for index in range(14):
+        path = folder / ("cat" if index % 3 else "dog") / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (80 + index, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    whole = (folder / "dog" / "03.png").read_bytes()
+    (folder / "dog" / "03.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "cat" / "07.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_latents_equal_those_in_memory(classes: Path, tmp_path: Path, shipped: ParScaleEAR) -> None:
+    refs = find_images([classes])
+    done: list[int] = []
+    result = encode_folder(
+        refs, tmp_path / "out", CacheOptions(**{**vars(OPTIONS), "mirror": True}),
+        progress=done.append,
+    )  # fmt: skip
+    assert (result.pictures, result.encoded, sum(done)) == (12, 12, 14)
+    assert sorted(result.skipped) == ["cat/07.png", "dog/03.png"]
+    data = LatentDataset(tmp_path / "out", fingerprint=shipped.latent_fingerprint())
+    assert data.classes == ["cat", "dog"]
+    assert len(data) == 12
+    good = [ref for ref in refs if ref.relative not in result.skipped]
+    pictures = load_squares(good, 64)
+    # Bit for bit what the model gives for such a batch: of the readable pictures of each shard.
+    expected = torch.cat([encode_pictures(shipped, part) for part in batches_of(pictures, refs)])
+    for index, ref in enumerate(good):
+        item = data[index]
+        assert item["name"] == ref.relative
+        assert data.classes[item["label"]] == ref.label
+        assert torch.equal(item["latent"], expected[index])
+    both = LatentDataset(tmp_path / "out", mirrored=True)
+    flipped = torch.cat(
+        [encode_pictures(shipped, part.flip(-1)) for part in batches_of(pictures, refs)]
+    )
+    assert len(both) == 24
+    assert torch.equal(both[12 + 3]["latent"], flipped[3])
+    assert torch.equal(both[-1]["latent"], flipped[-1])
+    with pytest.raises(IndexError):
+        both[24]
+    data.verify()
+
+
+def batches_of(pictures: torch.Tensor, refs: list[ImageRef]) -> list[torch.Tensor]:
+    """How the readable pictures of ``classes`` are dealt to shards of 5 and batches of 4."""
+    readable = [ref.relative not in ("cat/07.png", "dog/03.png") for ref in refs]
+    ends = np.cumsum([0] + [sum(readable[k : k + 5]) for k in range(0, len(refs), 5)])
+    shards = [pictures[a:b] for a, b in itertools.pairwise(ends)]
+    return [batch for shard in shards for batch in shard.split(4)]
+
+
+def test_one_at_a_time_the_neighbours_do_not_matter(
+    classes: Path, tmp_path: Path, shipped: ParScaleEAR
+) -> None:
+    refs = find_images([classes])
+    encode_folder(refs, tmp_path / "out", CacheOptions(side=64, shard=5))
+    data = LatentDataset(tmp_path / "out")
+    for index in range(len(data)):
+        (ref,) = (r for r in refs if r.relative == data[index]["name"])
+        alone = encode_pictures(shipped, load_squares([ref], 64))[0]
+        assert torch.equal(data[index]["latent"], alone)
+
+
+def test_a_data_loader_reads_it(classes: Path, tmp_path: Path) -> None:
+    encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
+    data = LatentDataset(tmp_path / "out")
+    loader = DataLoader(data, batch_size=5, num_workers=1)  # type: ignore[var-annotated]
+    batches = list(loader)
+    assert [len(b["latent"]) for b in batches] == [5, 5, 2]
+    assert torch.equal(torch.cat([b["latent"] for b in batches])[7], data[7]["latent"])
+
+
+def test_several_processes_give_the_same(classes: Path, tmp_path: Path) -> None:
+    refs = find_images([classes])
+    encode_folder(refs, tmp_path / "one", OPTIONS)
+    result = encode_folder(refs, tmp_path / "two", OPTIONS, devices=("cpu", "cpu"))
+    assert result.encoded == 12
+    for rank in (1, 0):
+        encode_folder(refs, tmp_path / "jobs", OPTIONS, rank=rank, world=2)
+    for name in ("two", "jobs"):
+        for number in range(3):
+            shards = [(tmp_path / n / shard_name(number)).read_bytes() for n in ("one", name)]
+            assert shards[0] == shards[1]
+        assert (tmp_path / name / INDEX_FILE).read_text() == (
+            tmp_path / "one" / INDEX_FILE
+        ).read_text()
+
+
+def test_a_killed_job_goes_on(tmp_path: Path) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    command = [
+        *(sys.executable, "-m", "parscale_ear.cli", "encode", str(folder), str(out)),
+        *("--side", "64", "--shard", "2", "--batch", "2", "--device", "cpu"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / shard_name(2)).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    before = sorted(out.glob("shard-*"))
+    assert 3 <= len(before) < 20
+    with pytest.raises(CheckpointError, match="not finished"):
+        LatentDataset(out)
+    times = {path: path.stat().st_mtime_ns for path in before}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["encoded"] == 40 - 2 * len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == times
+    data = LatentDataset(out)
+    names = [data[k]["name"] for k in range(len(data))]
+    assert names == [f"{index:02d}.png" for index in range(40)]  # none lost, none twice
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert json.loads(again.stdout.splitlines()[-1])["encoded"] == 0
+
+
+def test_other_options_do_not_mix(classes: Path, tmp_path: Path) -> None:
+    refs = find_images([classes])
+    encode_folder(refs, tmp_path / "out", OPTIONS)
+    with pytest.raises(CheckpointError, match="another side"):
+        encode_folder(refs, tmp_path / "out", CacheOptions(**{**vars(OPTIONS), "side": 96}))
+    with pytest.raises(CheckpointError, match="another list_sha256, pictures"):
+        encode_folder(refs[1:], tmp_path / "out", OPTIONS)
+    with pytest.raises(CheckpointError, match="is not empty"):
+        encode_folder(refs, classes, OPTIONS)
+    with pytest.raises(ValueError, match="--mirror"):
+        LatentDataset(tmp_path / "out", mirrored=True)
+    with pytest.raises(CheckpointError, match="another latent space"):
+        LatentDataset(tmp_path / "out", fingerprint="0" * 64)
+
+
+def test_damage_is_noticed(classes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode_folder(find_images([classes]), out, OPTIONS)
+    shard = out / shard_name(1)
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="shard-00001"):
+        LatentDataset(out).verify()
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors: missing"):
+        LatentDataset(out)
+    (out / INDEX_FILE).write_text("{}")
+    with pytest.raises(CheckpointError, match="not an index"):
+        LatentDataset(out)
+
+
+def test_no_readable_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match="none of the pictures"):
+        encode_folder(find_images([tmp_path / "a.png"]), tmp_path / "out", OPTIONS)
+
+
+def test_decoding_gives_the_pictures_back(
+    classes: Path, tmp_path: Path, shipped: ParScaleEAR
+) -> None:
+    encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
+    written = decode_folder(tmp_path / "out", tmp_path / "png", devices=("cpu", "cpu"))
+    assert written == 12
+    data = LatentDataset(tmp_path / "out")
+    latent = torch.stack([data[k]["latent"] for k in range(4)])
+    with torch.inference_mode():
+        expected = shipped.decode(shipped.enhance(latent), clamp=True)
+    for row in range(4):
+        path = (tmp_path / "png" / data[row]["name"]).with_suffix(".png")
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+        difference = (pixels.float() / 127.5 - 1 - expected[row]).abs().max()
+        assert difference < 0.6 / 127.5
+    (tmp_path / "png" / "cat" / "01.png").unlink()
+    assert decode_folder(tmp_path / "out", tmp_path / "png") == 1  # the rest stays
+
+
+@pytest.mark.parametrize(
+    "changes", [{"side": 40}, {"side": 0}, {"batch": 0}, {"shard": 0}, {"dtype": "int8"}]
+)
+def test_options_name_the_bad_field(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        CacheOptions(**changes)  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from parscale_ear.data.images import ImageError, find_images
+
+datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets")
+
+
+def picture(value: int) -> Image.Image:
+    return Image.fromarray(np.full((20, 24, 3), value, dtype=np.uint8))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Two pictures in two classes, a damaged one and none, as save_to_disk writes them."""
+    encoded = []
+    for value in (10, 20):
+        buffer = io.BytesIO()
+        picture(value).save(buffer, format="PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    encoded += [{"bytes": b"no picture", "path": None}, None]
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    data = datasets.Dataset.from_dict(
+        {"image": encoded, "label": [1, 0, 1, None]}, features=features
+    )
+    folder = tmp_path / "saved"
+    data.save_to_disk(str(folder))
+    return folder
+
+
+def test_a_saved_dataset(saved: Path) -> None:
+    refs = find_images([f"hf:{saved}"])
+    assert [ref.label for ref in refs] == ["dog", "cat", "dog", ""]
+    assert [ref.relative for ref in refs] == [f"0000000{k}" for k in range(4)]
+    assert [np.array(ref.load())[0, 0, 0] for ref in refs[:2]] == [10, 20]
+    with pytest.raises(ImageError, match="not a readable picture"):
+        refs[2].load()
+    with pytest.raises(ImageError, match="no picture in this row"):
+        refs[3].load()
+
+
+def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="could not be opened"):
+        find_images([f"hf:{tmp_path}/nothing"])
+
+
+def test_a_dataset_without_pictures(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "texts"))
+    with pytest.raises(ImageError, match=r"no column of pictures.*found text"):
+        find_images([f"hf:{tmp_path}/texts"])
