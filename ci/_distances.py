@@ -16,13 +16,12 @@ from ci import _common as ci
 from parscale_ear.data.reference import ReferenceSet
 from parscale_ear.metrics.features import FeatureExtractor
 from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
-from parscale_ear.metrics.reconstruction import MS_SSIM_SIDE, haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
 
 BATCH_SIZE = 16
-METRICS = ("distance", "psnr_db", "ssim", "ms_ssim", "haarpsi")
+METRICS = ("distance", *SIMILARITIES)
 LABELS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "haarpsi": "HaarPSI"}
 DIGITS = {"distance": 2, "psnr_db": 2, "ssim": 4, "ms_ssim": 4, "haarpsi": 4}
-HIGHEST_PSNR = 100.0  # dB, of one picture
 
 
 def extract(extractor: FeatureExtractor, pictures: Tensor, name: str) -> NDArray[np.float64]:
@@ -64,7 +63,7 @@ def compare(
     values: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, pictures in variants.items():
         with ci.progress(1, f"similarity of {name}"):
-            values[name] = _similarities(pictures, reference.pictures)
+            values[name] = similarities(pictures, reference.pictures)
     names = list(variants)
 
     def statistics(indices: NDArray[np.intp]) -> list[float]:
@@ -105,19 +104,6 @@ def compare(
             for k, (name, base) in enumerate(against.items())
         },
         "reference_distance": frechet_distance(originals[half], originals[~half]),
-    }
-
-
-def _similarities(pictures: Tensor, originals: Tensor) -> dict[str, NDArray[np.float64]]:
-    """Every metric but the distance, a figure a picture."""
-    large = min(pictures.shape[-2:]) >= MS_SSIM_SIDE
-    nothing = np.full(len(pictures), np.nan)
-    return {
-        # A picture that comes back exactly has no finite PSNR.
-        "psnr_db": np.minimum(psnr(pictures, originals), HIGHEST_PSNR),
-        "ssim": ssim(pictures, originals),
-        "ms_ssim": ms_ssim(pictures, originals) if large else nothing,
-        "haarpsi": haarpsi(pictures, originals),
     }
 
 

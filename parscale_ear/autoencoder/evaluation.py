@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import ImageError, ImageRef
-from parscale_ear.data.reading import read_squares
+from parscale_ear.data.reading import read_batches
 from parscale_ear.device import DTYPES
 from parscale_ear.metrics.features import FeatureChoice, load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
-from parscale_ear.metrics.reconstruction import MS_SSIM_SIDE, haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
 from parscale_ear.parallel import Progress, run_shares
-
-HIGHEST_PSNR = 100.0  # dB, of one picture: one that comes back exactly has no finite PSNR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,41 +112,25 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     extractor, _ = load_extractor(
         options.features, device=share.device, weights=options.inception_weights
     )
-    keys = ("psnr_db", "ssim", "ms_ssim", "haarpsi")
-    values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in keys}
+    values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in SIMILARITIES}
     features: dict[str, list[torch.Tensor]] = {"restored": [], "originals": []}
     skipped: dict[str, str] = {}
     seconds = 0.0
-    squares = read_squares(share.refs, options.side, 1, 2 * options.batch)
-    ended = False
-    while not ended:
-        batch: list[torch.Tensor] = []
-        done = 0
-        while len(batch) < options.batch:
-            item = next(squares, None)
-            if item is None:
-                ended = True
-                break
-            done += 1
-            if isinstance(item[1], str):
-                skipped[item[0].relative] = item[1]
-            else:
-                batch.append(item[1])
-        if batch:
-            originals = torch.stack(batch)
+    batches = read_batches(
+        share.refs, options.side, options.batch, readers=1, ahead=2 * options.batch
+    )
+    for batch in batches:
+        skipped |= batch.skipped
+        if batch.refs:
+            originals = torch.stack(batch.pixels)
             began = time.perf_counter()
             restored = reconstruct_pictures(model, originals, batch_size=options.batch)
             seconds += time.perf_counter() - began
-            values["psnr_db"].append(np.minimum(psnr(restored, originals), HIGHEST_PSNR))
-            values["ssim"].append(ssim(restored, originals))
-            large = options.side >= MS_SSIM_SIDE
-            values["ms_ssim"].append(
-                ms_ssim(restored, originals) if large else np.full(len(batch), np.nan)
-            )
-            values["haarpsi"].append(haarpsi(restored, originals))
+            for key, found in similarities(restored, originals).items():
+                values[key].append(found)
             features["restored"].append(extractor(restored))
             features["originals"].append(extractor(originals))
-        progress(done)
+        progress(len(batch))
     empty = torch.empty(0, extractor.dimensions)
     return {
         "values": {k: np.concatenate([np.empty(0), *v]) for k, v in values.items()},

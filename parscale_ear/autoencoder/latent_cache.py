@@ -27,7 +27,7 @@ from parscale_ear.data.images import (
     ImageRef,
     from_uint8,
 )
-from parscale_ear.data.reading import read_squares
+from parscale_ear.data.reading import read_batches
 from parscale_ear.device import DTYPES
 from parscale_ear.parallel import Progress, run_shares
 
@@ -266,41 +266,34 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
     waited = busy = 0.0
     encoded = 0
     for number, refs in share.refs.items():
-        squares = read_squares(refs, options.side, share.readers, LOOKAHEAD * options.batch)
+        batches = read_batches(
+            refs,
+            options.side,
+            options.batch,
+            readers=share.readers,
+            ahead=LOOKAHEAD * options.batch,
+        )
         names: list[str] = []
         labels: list[int] = []
         skipped: dict[str, str] = {}
-        batch: list[Tensor] = []
         parts: list[Tensor] = []
         mirrored: list[Tensor] = []
-        ended = False
-        while not ended:
-            began = time.monotonic()
-            done = 0
-            while len(batch) < options.batch:
-                item = next(squares, None)
-                if item is None:
-                    ended = True
-                    break
-                ref, pixels = item
-                done += 1
-                if isinstance(pixels, str):
-                    skipped[ref.relative] = pixels
-                    continue
-                batch.append(pixels)
-                names.append(ref.relative)
-                labels.append(share.classes.index(ref.label) if ref.label else -1)
-            waited += time.monotonic() - began
-            if batch:
-                began = time.monotonic()
-                images = torch.stack(batch)
+        began = time.monotonic()
+        for batch in batches:
+            read = time.monotonic()
+            waited += read - began
+            skipped |= batch.skipped
+            names += [ref.relative for ref in batch.refs]
+            labels += [share.classes.index(ref.label) if ref.label else -1 for ref in batch.refs]
+            if batch.refs:
+                images = torch.stack(batch.pixels)
                 parts.append(encode_pictures(model, images))
                 if options.mirror:
                     mirrored.append(encode_pictures(model, images.flip(-1)))
-                busy += time.monotonic() - began
-                encoded += len(batch)
-                batch = []
-            progress(done)
+            encoded += len(batch.refs)
+            began = time.monotonic()
+            busy += began - read
+            progress(len(batch))
         channels = model.config.litevae.latent_channels
         side = options.side // STRIDE
         empty = torch.empty(0, channels, side, side, dtype=dtype)

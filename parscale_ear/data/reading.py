@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,3 +44,34 @@ def read_squares(
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+@dataclass
+class Batch:
+    """Consecutive pictures, and those among them that cannot be read."""
+
+    refs: list[ImageRef] = field(default_factory=list)  # of the pixels
+    pixels: list[Tensor] = field(default_factory=list)  # (3, side, side) each, 8-bit
+    skipped: dict[str, str] = field(default_factory=dict)  # name → why
+
+    def __len__(self) -> int:
+        """How many pictures were passed over, read or not."""
+        return len(self.refs) + len(self.skipped)
+
+
+def read_batches(
+    refs: Sequence[ImageRef], side: int, size: int, *, readers: int, ahead: int
+) -> Iterator[Batch]:
+    """Batches of ``size`` readable pictures, in order; the last one may have fewer, or none."""
+    batch = Batch()
+    for ref, pixels in read_squares(refs, side, readers, ahead):
+        if isinstance(pixels, str):
+            batch.skipped[ref.relative] = pixels
+            continue
+        batch.refs.append(ref)
+        batch.pixels.append(pixels)
+        if len(batch.refs) == size:
+            yield batch
+            batch = Batch()
+    if len(batch):
+        yield batch

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+SIMILARITIES = ("psnr_db", "ssim", "ms_ssim", "haarpsi")
+HIGHEST_PSNR = 100.0  # dB, of one picture: one that comes back exactly has no finite PSNR
 MS_SSIM_SIDE = 161  # five scales and a window of 11 need more than 160 pixels
 
 
@@ -117,6 +119,17 @@ def _by_piq(
             for a, b in zip(pictures.split(8), references.split(8), strict=True)
         ]
     return torch.cat(values).double().numpy()
+
+
+def similarities(pictures: Tensor, references: Tensor) -> dict[str, NDArray[np.float64]]:
+    """All of them by name, a figure a picture; PSNR at most 100 dB, MS-SSIM NaN where too small."""
+    large = min(pictures.shape[-2:]) >= MS_SSIM_SIDE
+    return {
+        "psnr_db": np.minimum(psnr(pictures, references), HIGHEST_PSNR),
+        "ssim": ssim(pictures, references),
+        "ms_ssim": ms_ssim(pictures, references) if large else np.full(len(pictures), np.nan),
+        "haarpsi": haarpsi(pictures, references),
+    }
 
 
 def mean_quality(pictures: Tensor, references: Tensor) -> dict[str, float]:

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from ci._distances import HIGHEST_PSNR, compare, distance_head, distance_rows
+from ci._distances import compare, distance_head, distance_rows
 from parscale_ear.data.reference import ReferenceSet
+from parscale_ear.metrics.reconstruction import HIGHEST_PSNR
 
 
 class MeanColour:
