@@ -37,6 +37,7 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.transformer import NextScaleTransformer, TransformerConfig
 
 SHIPPED_FILE = "ear.safetensors"
+DEFAULT_DECODER: Decoder = "sharp"  # a drawn picture has no original to be faithful to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +505,8 @@ class EnergyAR(NextScaleGenerator):
         Args:
             path: a file that :meth:`save_pretrained` wrote; None: the shipped weights.
             autoencoder: what decodes; None: the shipped one.
-            decoder: which of the shipped decoders, where ``autoencoder`` is None.
+            decoder: which of the shipped decoders, where ``autoencoder`` is None; None: the
+                sharp one, as a drawn picture has no original to be faithful to.
             device: where to; None: the CPU.
             dtype: of the weights; None: FP32.
 
@@ -515,7 +517,9 @@ class EnergyAR(NextScaleGenerator):
         path = shipped_generator() if path is None else Path(path)
         model = cls.load(path, device=device, dtype=dtype)
         if autoencoder is None:
-            autoencoder = ParScaleEAR.from_pretrained(decoder=decoder, device=device)
+            autoencoder = ParScaleEAR.from_pretrained(
+                decoder=decoder or DEFAULT_DECODER, device=device
+            )
         try:
             return model.attach(autoencoder)
         except ValueError as error:

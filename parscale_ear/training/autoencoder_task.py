@@ -18,13 +18,15 @@ from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
+from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
 from parscale_ear.training.losses import log_mse_loss, ssim_loss
-from parscale_ear.training.perceptual import Adversary, FeatureLoss
+from parscale_ear.training.perceptual import Critic, FeatureLoss
 from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
 
 STATISTICS_DECAY = 0.99  # of the latent's running mean and variance, a step
 PICTURES_SHOWN = 6
+CRITIC_WARMUP = 200  # steps before the critic's verdict counts in full
 
 
 class AutoencoderTask:
@@ -50,7 +52,10 @@ class AutoencoderTask:
         self.adversary: Adversary | None = None
         if stage == "sharp":
             self.features = FeatureLoss(world.device)
-            self.adversary = Adversary(recipe.final_rate, world)
+            critic = Critic().to(world.device)
+            self.adversary = Adversary(
+                critic, recipe.final_rate, world, betas=(0.5, 0.95), warmup_steps=CRITIC_WARMUP
+            )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a step's batch, and its parts."""
@@ -89,7 +94,12 @@ class AutoencoderTask:
             latent = self.model.enhance(self.model.encode(images).mode())
         restored = self.model.decode(latent)
         assert self.adversary is not None
-        verdict = self.adversary.step(step, images, restored)
+        critic = self.adversary.critic
+        verdict = self.adversary.step(
+            step,
+            both=lambda: [critic(torch.cat((images, restored.detach())))],
+            made=lambda: [critic(restored.float())],
+        )
         reconstruction = log_mse_loss(restored, images)
         features = self.features(restored, images)
         loss = (

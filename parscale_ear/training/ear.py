@@ -30,7 +30,7 @@ from torch import nn
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
-from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.distributed import World, find_world
 from parscale_ear.training.ear_recipe import EARRecipe
@@ -64,7 +64,9 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
     build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
     if "pictures" in recipe.stages():
         FeatureLoss()  # and now if Lite0 is
-    autoencoder = ParScaleEAR.from_pretrained(device=world.device, dtype=torch.float32)
+    autoencoder = ParScaleEAR.from_pretrained(
+        decoder=DEFAULT_DECODER, device=world.device, dtype=torch.float32
+    )
     fingerprint = autoencoder.latent_fingerprint()
     training, validation, classes = load_latents(recipe, fingerprint)
     model = _fresh(recipe, training, classes, fingerprint)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from parscale_ear.generator.ear import EARConfig
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training.loop import LoopConfig, Precision
+from parscale_ear.training.loop import LoopConfig, Optimizer, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,12 @@ class EARRecipe:
     prefix_tokens: int = 16  # of a stream
     batch: int = 96  # latents a step and process
     learning_rate: float = 2e-3  # peak in the first stage
-    picture_classes: int = 2  # classes a step and process in the second stage
-    picture_draws: int = 12  # pictures drawn of each
-    picture_batch: int = 32  # latents a step whose tokens are scored as in the first stage
+    picture_classes: int = 4  # classes a step and process in the second stage
+    picture_draws: int = 8  # pictures drawn of each
+    picture_batch: int = 16  # latents a step whose tokens are scored as in the first stage
     picture_rate: float = 3e-4  # peak there
+    adversarial_weight: float = 0.5  # of the critic's verdict there; 0: no critic
+    critic_rate: float = 2e-4  # the critic's own
     alpha: float = 1.0  # exponent of the energy score
     samples: int = 2  # draws of every token
     train_temperature: float = 1.0  # weight of the draws' distance from each other
@@ -70,8 +72,13 @@ class EARRecipe:
         for name, least in (("picture_classes", 1), ("picture_draws", 2), ("picture_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.picture_rate > 0:
-            raise ValueError(f"picture_rate must be above 0, got {self.picture_rate}")
+        for name in ("picture_rate", "critic_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.adversarial_weight >= 0:
+            raise ValueError(
+                f"adversarial_weight must be at least 0, got {self.adversarial_weight}"
+            )
         if self.minutes == 0 and self.start is None:
             raise ValueError("without a first stage (minutes = 0) there must be weights to start")
         if self.picture_minutes and self.picture_steps:
@@ -107,6 +114,8 @@ class EARRecipe:
         minutes: float | None = None
         steps: int | None = self.stream_steps
         rate, average = self.learning_rate / 2, 0.99
+        optimizer: Optimizer = "muon"
+        clip_norm = 1.0
         if stage == "ear":
             minutes, steps = self.minutes, self.steps
             rate, average = self.learning_rate, 0.999
@@ -114,10 +123,13 @@ class EARRecipe:
             minutes = None if self.picture_steps else self.picture_minutes
             steps = self.picture_steps or None
             rate, average = self.picture_rate, 0.998
+            optimizer, clip_norm = "adam", 5.0
         return LoopConfig(
             minutes=minutes,
             steps=steps,
             learning_rate=rate,
             precision=self.precision,
             weight_average=average,
+            optimizer=optimizer,
+            clip_norm=clip_norm,
         )

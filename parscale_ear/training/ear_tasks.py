@@ -5,26 +5,34 @@ Shapes: N latents, B batch, Z channels, S side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
+from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_tasks import EACH_WEIGHT, Stateless, draw
-from parscale_ear.training.picture_energy import PictureScore
+from parscale_ear.training.picture_critic import PictureCritic
+from parscale_ear.training.picture_energy import PictureScore, Seen
 
 VALIDATION_BATCH = 128
 VALIDATION_SEED = 0  # of the noise, so that figures of different models compare
 PICTURES_SHOWN = 8  # a class
 CLASSES_SHOWN = 10
 GUIDANCE_SHOWN = 2.0
+FITTED = 256  # real pictures that give the scale of what the critic sees
+CRITIC_WARMUP = 300  # steps before the critic's verdict counts in full
+LARGE_EVERY = 4  # steps, of which Lite0 sees one's pictures at its larger size
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ class EARTask(Stateless):
 
 
 class PicturesTask(EARTask):
-    """Scores of whole pictures that were drawn freely, beside those of tokens."""
+    """Scores of whole pictures that were drawn freely and a critic's verdict, beside tokens."""
 
     def __init__(
         self,
@@ -168,18 +176,76 @@ class PicturesTask(EARTask):
         self.score = PictureScore(
             generator.autoencoder, store.latents[:, 0], store.labels, cache=cache
         )
+        self.members = [
+            torch.nonzero(store.labels == label)[:, 0].numpy()
+            for label in range(self.score.classes)
+        ]
+        self.adversary: Adversary | None = None
+        if recipe.adversarial_weight:
+            critic = PictureCritic(generator.config.channels, self.score.classes)
+            critic.fit(self._judged(self._real(np.arange(min(len(store), FITTED)), None)))
+            self.adversary = Adversary(
+                critic.to(world.device),
+                recipe.critic_rate,
+                world,
+                betas=(0.0, 0.99),
+                warmup_steps=CRITIC_WARMUP,
+            )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of both."""
-        recipe, device = self.recipe, self.world.device
+        """The sum of all."""
+        recipe, device, score = self.recipe, self.world.device, self.score
         rng = np.random.default_rng([recipe.seed, step, self.world.rank])
-        classes = self.score.classes
-        chosen = rng.choice(classes, min(recipe.picture_classes, classes), replace=False)
-        labels = torch.from_numpy(chosen).repeat_interleave(recipe.picture_draws).to(device)
-        latents = self.generator.draw_with_gradient(labels, self.random(step, 1))
-        seed = int(rng.integers(2**31))
-        pictures, figures = self.score(
-            latents, labels, step % 2, torch.Generator().manual_seed(seed)
+        chosen = rng.choice(
+            score.classes, min(recipe.picture_classes, score.classes), replace=False
         )
+        labels = torch.from_numpy(chosen).repeat_interleave(recipe.picture_draws).to(device)
+        seed = int(rng.integers(2**31))
+        chance = torch.Generator().manual_seed(seed)
+        size = int(step % LARGE_EVERY == LARGE_EVERY - 1)
+        latents = self.generator.draw_with_gradient(labels, self.random(step, 1))
+        drawn = score.look(latents, size, chance)
+        loss, figures = score(drawn, labels, chance)
+        if self.adversary is not None:
+            numbers = [rng.choice(self.members[k], recipe.picture_draws) for k in chosen]
+            real = self._real(np.concatenate(numbers), rng, size, chance)
+            both = [
+                torch.cat((theirs, ours.detach()))
+                for theirs, ours in zip(self._judged(real), self._judged(drawn), strict=True)
+            ]
+            critic, group = self.adversary.critic, recipe.picture_draws
+            verdict = self.adversary.step(
+                step,
+                both=lambda: critic(both, torch.cat((labels, labels)), group),
+                made=lambda: critic(self._judged(drawn), labels, group),
+            )
+            loss = loss + recipe.adversarial_weight * verdict
+            figures["verdict"] = verdict.detach()
+            figures["told_apart"] = self.adversary.told_apart
         tokens, _ = self.tokens_loss(step, recipe.picture_batch)
-        return pictures + tokens, {**figures, "tokens": tokens.detach()}
+        return loss + tokens, {**figures, "tokens": tokens.detach()}
+
+    @torch.no_grad()
+    def _real(
+        self, numbers: NDArray[np.int64], rng: np.random.Generator | None, size: int = 0,
+        chance: torch.Generator | None = None,
+    ) -> Seen:  # fmt: skip
+        """Real pictures, half of them mirrored where there is chance."""
+        sides = self.store.latents.shape[1]
+        side = np.zeros_like(numbers) if rng is None else rng.integers(sides, size=len(numbers))
+        latents = self.store.latents[torch.from_numpy(numbers), torch.from_numpy(side)]
+        return self.score.look(latents.to(self.world.device), size, chance)
+
+    @staticmethod
+    def _judged(seen: Seen) -> list[Tensor]:
+        """What the critic looks at: four of Lite0's maps, and the latent."""
+        return [*(part.float() for part in seen.maps[1:5]), seen.latents.float()]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The critic's."""
+        return self.adversary.state() if self.adversary is not None else ({}, {})
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave."""
+        if self.adversary is not None:
+            self.adversary.load_state(tensors, scalars)

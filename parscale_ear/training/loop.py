@@ -29,9 +29,15 @@ from tqdm import tqdm
 
 from parscale_ear import checkpoint
 from parscale_ear.training.distributed import OneProcess, World
-from parscale_ear.training.optimizer import build_optimizer, pack_optimizer, unpack_optimizer
+from parscale_ear.training.optimizer import (
+    build_adversarial_optimizer,
+    build_optimizer,
+    pack_optimizer,
+    unpack_optimizer,
+)
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Optimizer = Literal["muon", "adam"]  # adam: without momentum, to train against a critic
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
 
@@ -75,6 +81,7 @@ class LoopConfig:
     weight_average: float = 0.999  # decay of the exponential moving average, a step
     clip_norm: float = 1.0  # limit of the gradient's norm
     precision: Precision = "bf16"  # autocast dtype; fp32: no autocast
+    optimizer: Optimizer = "muon"
     log_steps: int = 50  # steps between lines of the log
     checkpoint_minutes: float = 4.0  # between checkpoints
     validate_minutes: float = 10.0  # between validations
@@ -146,10 +153,13 @@ class Run:
         self.device = next(task.model.parameters()).device
         self.world: World = world or OneProcess(self.device)
         trained = [p for p in task.model.parameters() if p.requires_grad]
-        tables = {id(p): p for p in task.elementwise() if p.requires_grad}
-        self.optimizer = build_optimizer(
-            [p for p in trained if id(p) not in tables], config.learning_rate, tables.values()
-        )
+        if config.optimizer == "adam":
+            self.optimizer = build_adversarial_optimizer(trained, config.learning_rate)
+        else:
+            tables = {id(p): p for p in task.elementwise() if p.requires_grad}
+            self.optimizer = build_optimizer(
+                [p for p in trained if id(p) not in tables], config.learning_rate, tables.values()
+            )
         self.scaler = GradScaler(
             self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
         )

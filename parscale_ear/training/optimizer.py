@@ -43,6 +43,20 @@ def build_optimizer(
     return Muon(groups, lr=rate, weight_decay=0.0, nesterov=True)
 
 
+def build_adversarial_optimizer(
+    parameters: Iterable[nn.Parameter], rate: float
+) -> torch.optim.Optimizer:
+    """Adam without momentum, as is usual against a critic, whose verdict changes by the step.
+
+    As in Karras et al., "A Style-Based Generator Architecture for GANs" (CVPR 2019).
+
+    Args:
+        parameters: what is trained.
+        rate: learning rate.
+    """
+    return torch.optim.Adam(parameters, lr=rate, betas=(0.0, 0.99))
+
+
 def pack_optimizer(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

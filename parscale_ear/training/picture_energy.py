@@ -10,7 +10,9 @@ features is after Santos et al., "Learning Implicit Generative Models by Matchin
 Features" (ICCV 2019), with means and deviations in place of an energy score. Lite0 takes part in
 training, so it must not judge the result.
 
-Real pictures are the autoencoder's reconstructions: the latents tell all.
+Real pictures are the autoencoder's reconstructions: the latents tell all. Lite0 sees real and drawn
+ones moved, tinted and with noise, so that no pattern of single pixels counts (as in Zhao et al.,
+"Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020).
 
 Shapes: N latents, B draws, M observations, D features, Z channels, S side of the latent.
 """
@@ -18,6 +20,7 @@ Shapes: N latents, B draws, M observations, D features, Z channels, S side of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +29,7 @@ from torch.nn import functional as F
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.training.perceptual import FeatureLoss
+from parscale_ear.training.lite_maps import LiteMaps
 
 SIZES = (1.0, 1.375)  # of the pictures that Lite0 sees, in their own side
 SMALL = 16  # side of the small pictures, pixels
@@ -36,7 +39,9 @@ MAP_WEIGHT, LAST_WEIGHT = 0.25, 1.0  # of a feature map's moments, and of the la
 LATENT_WEIGHT = PATCH_WEIGHT = SMALL_WEIGHT = 1.0
 RANGE_WEIGHT = 2.0  # of what leaves [−1, 1], squared
 PIXEL_NOISE = 0.03  # deviation, on real and drawn: no fine pattern of a few grey levels may count
-NOISE_SEED = 0  # of that on the real pictures
+SHIFT = 1 / 16  # of the side: by how much a picture is moved at most
+BRIGHTNESS, SATURATION, CONTRAST = 0.1, 0.2, 0.15  # by how much they change at most
+SEEN_SEED = 0  # of what is done to the real pictures
 BATCH = 32  # real pictures at a time
 FLOOR = 1e-3  # of a feature's deviation
 
@@ -51,10 +56,24 @@ def ensemble_score(draws: Tensor, observations: Tensor) -> Tensor:
         observations: (M, D).
     """
     count = len(draws)
-    near = torch.cdist(draws, observations).mean()
+    # By a matrix product (in FP32): the gradient of torch.cdist takes ten times as long on a CPU.
+    with torch.autocast(draws.device.type, enabled=False):
+        products = draws @ observations.T
+    near_squares = draws.square().sum(1, keepdim=True) + observations.square().sum(1) - 2 * products
+    near = near_squares.clamp_min(1e-12).sqrt().mean()
     squares = (draws[:, None] - draws[None]).square().sum(-1)
     apart = squares.clamp_min(1e-12).sqrt().sum() - count * 1e-6  # the diagonal is 0
     return near - 0.5 * apart / (count * (count - 1))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Latents, and what Lite0 sees of their pictures."""
+
+    latents: Tensor  # (B, Z, S, S)
+    pictures: Tensor  # (B, 3, 16S, 16S), not clamped
+    maps: list[Tensor]  # from fine to coarse, (B, C, H, W) each
+    size: int  # which of ``SIZES`` it saw
 
 
 class PictureScore(nn.Module):
@@ -88,7 +107,7 @@ class PictureScore(nn.Module):
             raise ValueError(f"no latents of the classes {', '.join(map(str, empty))}")
         self.autoencoder = autoencoder.requires_grad_(False)
         self.device = next(autoencoder.parameters()).device
-        self.network = FeatureLoss(self.device)
+        self.network = LiteMaps(self.device)
         seen = self._look_at_all(latents, cache)
         self.means = [[f.mean(0) for f in features] for features in seen]
         self.deviations = [[f.std(0) + FLOOR for f in features] for features in seen]
@@ -109,7 +128,7 @@ class PictureScore(nn.Module):
             "latents": checkpoint.digest({"latents": latents}),
             "autoencoder": self.autoencoder.latent_fingerprint(),
             "sizes": list(SIZES),
-            "noise": PIXEL_NOISE,
+            "seen": [PIXEL_NOISE, SHIFT, BRIGHTNESS, SATURATION, CONTRAST],
         }
         if cache is not None and cache.exists():
             tensors, header = checkpoint.load(cache, kind="PictureFeatures")
@@ -119,13 +138,12 @@ class PictureScore(nn.Module):
                     [tensors[f"{size}.{k}"].to(self.device) for k in range(maps)]
                     for size in range(len(SIZES))
                 ]
-        generator = torch.Generator().manual_seed(NOISE_SEED)
+        generator = torch.Generator().manual_seed(SEEN_SEED)
         parts: list[list[list[Tensor]]] = [[] for _ in SIZES]
         for batch in latents.split(BATCH):
             with torch.autocast(self.device.type, torch.bfloat16):
-                pictures = self.pictures(batch.to(self.device))
                 for size in range(len(SIZES)):
-                    parts[size].append(self._features(_shown(pictures, generator), size))
+                    parts[size].append(_moments(self.look(batch.to(self.device), size, generator)))
         found = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in parts]
         if cache is not None:
             tensors = {
@@ -139,17 +157,20 @@ class PictureScore(nn.Module):
         latents = latents.to(memory_format=torch.channels_last)
         return self.autoencoder.decode(self.autoencoder.enhance(latents))
 
-    def _features(self, pictures: Tensor, size: int) -> list[Tensor]:
-        """Mean and deviation of every feature map: a map (B, D), FP32."""
+    def look(self, latents: Tensor, size: int, generator: torch.Generator | None = None) -> Seen:
+        """Shows pictures to Lite0.
+
+        Args:
+            latents: (B, Z, S, S), real or drawn.
+            size: which of ``SIZES``.
+            generator: of what is done to the pictures, on the CPU.
+        """
+        pictures = self.pictures(latents)
+        shown = _changed(pictures.float().clamp(-1, 1), generator)
         if SIZES[size] != 1:
             side = round(SIZES[size] * pictures.shape[-1])
-            pictures = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False)
-        found = []
-        for part in self.network.maps(pictures):
-            part = part.float()
-            deviation = part.var((2, 3), correction=0).clamp_min(1e-6).sqrt()
-            found.append(torch.cat((part.mean((2, 3)), deviation), dim=1))
-        return found
+            shown = F.interpolate(shown, (side, side), mode="bilinear", align_corners=False)
+        return Seen(latents, pictures, self.network(shown), size)
 
     def _normalised(self, features: Sequence[Tensor], size: int) -> list[Tensor]:
         """Unit variance over all real pictures, and about unit length."""
@@ -163,40 +184,30 @@ class PictureScore(nn.Module):
         return torch.cat(parts)
 
     def forward(
-        self, latents: Tensor, labels: Tensor, size: int, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :meth:`parts`, the parts without their gradients."""
-        total, parts = self.parts(latents, labels, size, generator)
-        return total, {name: part.detach() for name, part in parts.items()}
-
-    def parts(
-        self, latents: Tensor, labels: Tensor, size: int, generator: torch.Generator | None = None
+        self, seen: Seen, labels: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Scores draws.
 
         Args:
-            latents: (B, Z, S, S), drawn, at least two of every class.
+            seen: of B drawn latents, at least two of every class.
             labels: (B,), their classes.
-            size: which of ``SIZES`` Lite0 sees.
-            generator: of pixel noise and patches, on the CPU.
+            generator: of the patches, on the CPU.
 
         Returns:
             The weighted sum, a scalar, and its parts.
         """
-        pictures = self.pictures(latents)
-        features = self._features(_shown(pictures, generator), size)
-        features = self._normalised(features, size)
-        small = _small(pictures)
+        features = self._normalised(_moments(seen), seen.size)
+        small = _small(seen.pictures)
         scores: dict[str, list[Tensor]] = {
             k: [] for k in ("maps", "last", "latent", "patch", "small")
         }
         for label in labels.unique().tolist():
             rows = labels == label
-            pairs = list(zip(features, self.real[label][size], strict=True))
+            pairs = list(zip(features, self.real[label][seen.size], strict=True))
             found = [ensemble_score(ours[rows], theirs) for ours, theirs in pairs]
             scores["maps"].append(torch.stack(found[:-1]).sum())
             scores["last"].append(found[-1])
-            drawn, real = latents[rows].float(), self.latents[label]
+            drawn, real = seen.latents[rows].float(), self.latents[label]
             scores["latent"].append(ensemble_score(_flat(drawn), _flat(real)))
             ours, theirs = (
                 _patches(part, count, generator)
@@ -205,7 +216,7 @@ class PictureScore(nn.Module):
             scores["patch"].append(ensemble_score(ours, theirs))
             scores["small"].append(ensemble_score(small[rows], self.small[label]))
         parts = {name: torch.stack(values).mean() for name, values in scores.items()}
-        parts["range"] = F.relu(pictures.float().abs() - 1).square().mean()
+        parts["range"] = F.relu(seen.pictures.float().abs() - 1).square().mean()
         weights = {
             "maps": MAP_WEIGHT, "last": LAST_WEIGHT, "latent": LATENT_WEIGHT,
             "patch": PATCH_WEIGHT, "small": SMALL_WEIGHT, "range": RANGE_WEIGHT,
@@ -214,10 +225,36 @@ class PictureScore(nn.Module):
         return total, parts
 
 
-def _shown(pictures: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What Lite0 sees of pictures, real and drawn alike."""
-    noise = torch.randn(pictures.shape, generator=generator).to(pictures)
-    return pictures.clamp(-1, 1) + PIXEL_NOISE * noise
+def _moments(seen: Seen) -> list[Tensor]:
+    """Mean and deviation of every feature map: a map (B, D), FP32."""
+    found = []
+    for part in seen.maps:
+        part = part.float()
+        deviation = part.var((2, 3), correction=0).clamp_min(1e-6).sqrt()
+        found.append(torch.cat((part.mean((2, 3)), deviation), dim=1))
+    return found
+
+
+def _changed(pictures: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Moves, tints and disturbs every picture by chance: (B, 3, H, W)."""
+    count, device = len(pictures), pictures.device
+
+    def chance(most: float) -> Tensor:
+        drawn = most * (2 * torch.rand(count, 1, 1, 1, generator=generator) - 1)
+        return drawn.to(device)
+
+    reach = round(SHIFT * pictures.shape[-1])
+    wide = F.pad(pictures, (reach,) * 4, mode="reflect")
+    height, width = pictures.shape[-2:]
+    moves = torch.randint(2 * reach + 1, (count, 2), generator=generator).tolist()
+    x = torch.stack(
+        [part[:, y : y + height, x : x + width] for part, (y, x) in zip(wide, moves, strict=True)]
+    )
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (1 + chance(SATURATION))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * (1 + chance(CONTRAST)) + chance(BRIGHTNESS)
+    return x + PIXEL_NOISE * torch.randn(x.shape, generator=generator).to(x)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.cli import main
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training import loop
+from parscale_ear.training import ear_tasks, loop
 from parscale_ear.training.ear import load_latents, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.loop import TrainingError, read_log
@@ -93,6 +94,25 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     assert result["minus_first"][0]["value"] == 0
     for row in (*result["each"], *result["minus_first"], result["slope_per_doubling"]):
         assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_the_critic_takes_part_where_it_has_weight(
+    recipe: EARRecipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ear_tasks, "CRITIC_WARMUP", 1)
+    start = str(trained / "ear.safetensors")
+    found = {}
+    for weight in (0.0, 50.0):
+        out = tmp_path / str(weight)
+        asked = replace(
+            recipe, start=start, minutes=0, steps=None, streams=(), adversarial_weight=weight
+        )
+        assert train_ear(asked, out)
+        tensors, _ = checkpoint.load(out / "pictures" / "checkpoint.safetensors")
+        critic = [name for name in tensors if name.startswith("task.critic.")]
+        assert bool(critic) == bool(weight)
+        found[weight] = tensors["model.transformer.start"]
+    assert not torch.equal(found[0.0], found[50.0])
 
 
 def test_training_learns_the_classes(recipe: EARRecipe, tmp_path: Path) -> None:
@@ -219,6 +239,8 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"picture_draws": 1}, "picture_draws"),
         ({"picture_minutes": -1.0}, "picture_minutes"),
         ({"picture_rate": 0.0}, "picture_rate"),
+        ({"critic_rate": 0.0}, "critic_rate"),
+        ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"picture_minutes": 1.0}, "either picture_minutes or picture_steps"),
         (
             {"minutes": 0, "steps": None, "start": "x", "streams": (), "picture_steps": 0},

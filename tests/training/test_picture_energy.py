@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
-from parscale_ear.training.picture_energy import NOISE_SEED, PictureScore, ensemble_score
+from parscale_ear.training.picture_energy import SEEN_SEED, SIZES, PictureScore, ensemble_score
 
 
 def test_ensemble_score_is_the_mean_of_energy_scores() -> None:
@@ -45,8 +45,9 @@ def score(latents: Tensor) -> PictureScore:
 
 
 def total(score: PictureScore, latents: Tensor, labels: Tensor, size: int = 0) -> float:
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        found, _ = score(latents, labels, size, torch.Generator().manual_seed(0))
+        found, _ = score(score.look(latents, size, generator), labels, generator)
     return float(found)
 
 
@@ -66,7 +67,8 @@ def test_every_part_reaches_the_latents(score: PictureScore, latents: Tensor) ->
     seen = []
     for name in names:
         drawn = (1.5 * latents).requires_grad_()
-        _, parts = score.parts(drawn, LABELS, 0, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        _, parts = score(score.look(drawn, 0, generator), LABELS, generator)
         assert set(parts) == set(names)
         parts[name].backward()
         assert drawn.grad is not None
@@ -78,10 +80,10 @@ def test_every_part_reaches_the_latents(score: PictureScore, latents: Tensor) ->
 
 
 def test_real_and_drawn_pictures_are_seen_alike(score: PictureScore, latents: Tensor) -> None:
-    """The real latents, drawn with the real ones' noise, are the real pictures."""
+    """The real latents, drawn with the real ones' chances, are the real pictures."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        generator = torch.Generator().manual_seed(NOISE_SEED)
-        _, parts = score.parts(latents, LABELS, 0, generator)
+        generator = torch.Generator().manual_seed(SEEN_SEED)
+        _, parts = score(score.look(latents, 0, generator), LABELS, generator)
     rows = [score.real[label][0][-1] for label in (0, 1)]
     expected = torch.stack([ensemble_score(part, part) for part in rows]).mean()
     torch.testing.assert_close(parts["last"], expected, atol=1e-5, rtol=1e-3)
@@ -105,3 +107,18 @@ def test_what_was_seen_is_kept(latents: Tensor, score: PictureScore, tmp_path: P
     assert cache.stat().st_mtime_ns != written
     assert not torch.equal(other.real[0][0][0], first.real[0][0][0])
     assert total(first, latents, LABELS) == pytest.approx(total(score, latents, LABELS), abs=1e-5)
+
+
+def test_lite0_sees_pictures_changed_and_keeps_their_gradient(
+    score: PictureScore, latents: Tensor
+) -> None:
+    drawn = latents[:2].clone().requires_grad_()
+    seen = [score.look(drawn, 0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(seen[0].pictures, seen[2].pictures)
+    assert torch.equal(seen[0].maps[0], seen[1].maps[0])
+    assert not torch.equal(seen[0].maps[0], seen[2].maps[0])
+    seen[0].maps[-1].mean().backward()
+    assert drawn.grad is not None
+    assert drawn.grad.any()
+    large = score.look(latents[:2], 1)
+    assert large.maps[0].shape[-1] == round(SIZES[1] * 32) // 2
