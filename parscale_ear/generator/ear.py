@@ -37,6 +37,7 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.transformer import NextScaleTransformer, TransformerConfig
 
 SHIPPED_FILE = "ear.safetensors"
+RECOMMENDED = {"guidance": 2.0, "temperature": 1.0}  # where weights say nothing
 DEFAULT_DECODER: Decoder = "sharp"  # a drawn picture has no original to be faithful to
 
 
@@ -142,6 +143,7 @@ class EnergyAR(NextScaleGenerator):
         total = sum(p.numel() for p in self.parameters())
         self._counts = {"transformer": total - head, "head": head, "total": total}
         self.latent_fingerprint: str | None = None  # of the latent space that it was trained on
+        self.recommended = dict(RECOMMENDED)  # what :meth:`generate` takes where it is not told
         self._autoencoder: tuple[ParScaleEAR, ...] = ()  # in a tuple: no part of the weights
 
     # --- the autoencoder that turns latents into pictures ---
@@ -261,8 +263,8 @@ class EnergyAR(NextScaleGenerator):
         self,
         labels: Labels,
         *,
-        guidance: float = 2.0,
-        temperature: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
         generator: torch.Generator | None = None,
         streams: ParallelStreams | int | None = None,
         mode: Mode = "diverse",
@@ -282,6 +284,8 @@ class EnergyAR(NextScaleGenerator):
         Returns:
             (B or B · P, Z, S, S), normalised, FP32.
         """
+        guidance = self.recommended["guidance"] if guidance is None else guidance
+        temperature = self.recommended["temperature"] if temperature is None else temperature
         check_guidance(guidance)
         check_temperature(temperature)
         rows = self.lay_out(labels, guidance=guidance, streams=streams, mode=mode)
@@ -349,8 +353,8 @@ class EnergyAR(NextScaleGenerator):
     def generate(
         self,
         labels: Labels,
-        guidance: float = 2.0,
-        temperature: float = 1.0,
+        guidance: float | None = None,
+        temperature: float | None = None,
         generator: torch.Generator | None = None,
         streams: ParallelStreams | int | None = None,
         mode: Mode = "diverse",
@@ -363,7 +367,9 @@ class EnergyAR(NextScaleGenerator):
                 a sequence: no label.
             guidance: weight of classifier-free guidance on the hidden states at the last scale;
                 it rises from 0 at the first. 0: none, and no unconditional rows are computed.
-            temperature: of the head's noise, in [0, 1]; below 1: less varied, 0: none.
+                None: what the weights recommend (``recommended``).
+            temperature: of the head's noise, in [0, 1]; below 1: less varied, 0: none; None: what
+                the weights recommend.
             generator: of the noise, on the model's device; None: PyTorch's own.
             streams: P streams in one pass: trained prefixes, or a number P of plain streams
                 (``mode="diverse"``). None: the plain model.
@@ -457,6 +463,7 @@ class EnergyAR(NextScaleGenerator):
             kind="EnergyAR",
             config=asdict(self.config),
             latent_fingerprint=self.latent_fingerprint,
+            recommended=self.recommended,
             **facts,
         )
         return path
@@ -487,6 +494,7 @@ class EnergyAR(NextScaleGenerator):
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path}: {reason}") from error
         model.latent_fingerprint = header.get("latent_fingerprint")
+        model.recommended.update(header.get("recommended", {}))
         model = model.to(device or "cpu")
         return (model if dtype is None else model.set_dtype(dtype)).eval()
 

@@ -14,39 +14,66 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian fitted to features, with a root of its covariance instead of the matrix itself."""
+
+    mean: Array  # (D,)
+    root: Array  # (M, D): rootᵀ · root is the covariance
+
+    @classmethod
+    def fit(cls, features: NDArray[np.floating]) -> Gaussian:
+        """Fits one to (N, D) features; the root has min(N, D) rows.
+
+        Raises:
+            ValueError: another shape, fewer than two samples, or a value that is not finite.
+        """
+        x = np.asarray(features, dtype=np.float64)
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"expected (N, D) with at least two samples, got {x.shape}")
+        if not np.isfinite(x).all():
+            raise ValueError("features must be finite, got NaN or infinity")
+        mean = x.mean(axis=0)
+        root = (x - mean) / np.sqrt(len(x) - 1)
+        if len(root) > root.shape[1]:  # many samples: a square root instead
+            root = np.asarray(np.linalg.qr(root, mode="r"))
+        return cls(mean, root)
+
+    def distance(self, other: Gaussian) -> float:
+        """Squared Fréchet distance, at least 0.
+
+        ``‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½`` (Dowson and Landau, 1982; used for FID by
+        Heusel et al., 2017). With ``Σ = XᵀX`` the last trace is the sum of the singular values of
+        ``X₁X₂ᵀ``: exact, quick for few samples, and with no matrix square root of a singular
+        matrix.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"features differ in width: {self.mean.shape[0]} and {other.mean.shape[0]}"
+            )
+        difference = self.mean - other.mean
+        cross = np.linalg.svd(self.root @ other.root.T, compute_uv=False).sum()
+        traces = np.square(self.root).sum() + np.square(other.root).sum()
+        return max(0.0, float(difference @ difference + traces - 2 * cross))
+
+
 def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of features.
-
-    ``‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½`` (Dowson and Landau, 1982; used for FID by Heusel
-    et al., 2017). With ``Σ = XᵀX`` for centred features X scaled by 1/√(N−1), the last trace is
-    the sum of the singular values of ``X₁X₂ᵀ``: an N×N problem, exact and quick for few samples,
-    with no matrix square root of a singular matrix.
 
     Args:
         first: (N₁, D).
         second: (N₂, D).
 
     Returns:
-        The distance, at least 0.
+        The distance, at least 0; see :meth:`Gaussian.distance`.
 
     Raises:
         ValueError: shapes differ, fewer than two samples, or a value that is not finite.
     """
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(
-            f"expected (N, D) and (M, D) with at least two samples each, got {x.shape}, {y.shape}"
-        )
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("features must be finite, got NaN or infinity")
-    difference = x.mean(axis=0) - y.mean(axis=0)
-    x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-    y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
-    if min(len(x), len(y)) > x.shape[1]:  # many samples: take square D×D factors instead
-        x, y = (np.asarray(np.linalg.qr(side, mode="r")) for side in (x, y))
-    cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    distance = difference @ difference + np.square(x).sum() + np.square(y).sum() - 2 * cross
-    return max(0.0, float(distance))
+    return Gaussian.fit(first).distance(Gaussian.fit(second))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Options of one kind of model only, with their defaults.
 VAR_OPTIONS = {"top_k": 900, "top_p": 0.95}
-EAR_OPTIONS = {"temperature": 1.0}
-GUIDANCE = {"VAR": 1.5, "EnergyAR": 2.0}
+EAR_OPTIONS = {"temperature": None}  # the model's own, as its guidance is
+GUIDANCE = {"VAR": 1.5, "EnergyAR": None}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -52,11 +52,13 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("--streams-weights", type=Path, help="trained streams")
     verb.add_argument("--mode", choices=("diverse", "aggregate"), default="diverse")
     verb.add_argument(
-        "--guidance", type=float, help="default 2 for an EnergyAR, 1.5 for a VAR; 0: none"
+        "--guidance", type=float, help="0: none (default: EnergyAR what its weights say, VAR 1.5)"
     )
     verb.add_argument("--top-k", type=int, help="VAR: likeliest tokens, 0: all (default 900)")
     verb.add_argument("--top-p", type=float, help="VAR: their probability (default 0.95)")
-    verb.add_argument("--temperature", type=float, help="EnergyAR: of the noise (default 1)")
+    verb.add_argument(
+        "--temperature", type=float, help="EnergyAR: of the noise (default: what its weights say)"
+    )
     verb.add_argument(
         "--decoder", choices=("faithful", "sharp"), help="EnergyAR: which shipped decoder"
     )

@@ -250,7 +250,7 @@ def test_bad_config(field: str, value: object) -> None:
 
 
 def test_pictures_from_the_shipped_autoencoder(tmp_path: Path) -> None:
-    autoencoder = ParScaleEAR.from_pretrained()
+    autoencoder = ParScaleEAR.from_pretrained(decoder="sharp")
     config = EARConfig(
         depth=1, width=16, heads=1, head_width=16, head_blocks=1, noise_channels=4, side=4,
         class_names=NAMES,
@@ -274,9 +274,23 @@ def test_pictures_from_the_shipped_autoencoder(tmp_path: Path) -> None:
     again = EnergyAR.from_pretrained(path)
     torch.testing.assert_close(again.generate([0, 1], generator=seeded()), images)
     assert again.fingerprint() == model.fingerprint()
+    faithful = EnergyAR.from_pretrained(path, decoder="faithful")
+    assert not torch.equal(faithful.generate([0, 1], generator=seeded()), images)
     half = model.save_pretrained(tmp_path / "half.safetensors", dtype=torch.float16)
     assert half.stat().st_size < 0.7 * path.stat().st_size
     assert EnergyAR.load(half).fingerprint() == model.fingerprint()
+
+
+def test_weights_recommend_their_settings(tmp_path: Path) -> None:
+    model = EnergyAR(CONFIG).eval()
+    untold = model.generate_latents([0], generator=seeded())
+    model.recommended = {"guidance": 3.5, "temperature": 0.5}
+    again = EnergyAR.load(model.save_pretrained(tmp_path / "ear.safetensors"))
+    assert again.recommended == model.recommended
+    found = again.generate_latents([0], generator=seeded())
+    told = model.generate_latents([0], guidance=3.5, temperature=0.5, generator=seeded())
+    assert torch.equal(found, told)
+    assert not torch.equal(found, untold)
 
 
 def test_another_autoencoder_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""What drawn pictures are measured by: class accuracy, distances, nearest neighbours.
+
+Shapes: N pictures, M references, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from parscale_ear import checkpoint
+from parscale_ear.metrics.frechet import Gaussian, Interval
+
+KIND = "FeatureStatistics"
+NEIGHBOUR_BATCH = 256
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Real pictures as a judge sees them: enough for distances without the pictures."""
+
+    law: Gaussian  # of their features
+    extractor: str  # whose features
+    classes: tuple[int, ...]  # of ImageNet, in the order of the generator's labels
+    facts: Mapping[str, Any] = field(default_factory=dict)  # where from, how many, ceilings
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes a safetensors file: the mean in FP32, the triangular root in FP16.
+
+        Raises:
+            ValueError: the root is not square (fewer pictures than features).
+        """
+        path = Path(path)
+        root = torch.from_numpy(self.law.root)
+        if root.shape[0] != root.shape[1]:
+            raise ValueError(
+                f"statistics need more pictures than features, got a root of {tuple(root.shape)}"
+            )
+        rows, columns = torch.triu_indices(*root.shape)
+        tensors = {
+            "mean": torch.from_numpy(self.law.mean).float(),
+            "root": root[rows, columns].half(),
+        }
+        config = {"extractor": self.extractor, "classes": list(self.classes)}
+        checkpoint.save(path, tensors, kind=KIND, config=config, facts=dict(self.facts))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FeatureStatistics:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or foreign.
+        """
+        tensors, header = checkpoint.load(path, kind=KIND)
+        try:
+            mean = tensors["mean"].double().numpy()
+            root = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            rows, columns = torch.triu_indices(*root.shape)
+            root[rows, columns] = tensors["root"].double()
+            config = header["config"]
+            classes = tuple(int(number) for number in config["classes"])
+            return cls(Gaussian(mean, root.numpy()), config["extractor"], classes, header["facts"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise checkpoint.CheckpointError(f"{path}: not whole ({reason})") from error
+
+
+def class_hits(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Whether a picture is put into its own class when only these classes stand to choice.
+
+    Args:
+        logits: (N, 1000), of an ImageNet classifier.
+        labels: (N,), numbers 0..C − 1 of the pictures' classes.
+        classes: C numbers of ImageNet's classes.
+
+    Returns:
+        (N,), bool.
+    """
+    return logits[:, list(classes)].argmax(dim=1) == labels
+
+
+def share(hits: Tensor) -> Interval:
+    """Share of what is true, with its 95 % interval (Wilson, 1927)."""
+    count, total = int(hits.sum()), len(hits)
+    ends = binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return Interval(count / total, float(ends.low), float(ends.high))
+
+
+def nearest(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to the nearest reference, and which it is.
+
+    Args:
+        features: (N, D).
+        references: (M, D).
+
+    Returns:
+        (N,) and (N,), int64.
+    """
+    parts = [
+        torch.cdist(batch.double(), references.double()).min(dim=1)
+        for batch in features.split(NEIGHBOUR_BATCH)
+    ]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
+    """Low end, quartiles and median of distances, for a report."""
+    levels = (0.01, 0.25, 0.5, 0.75)
+    found = np.quantile(values.numpy(), levels)
+    return {f"q{level:g}": float(value) for level, value in zip(levels, found, strict=True)}

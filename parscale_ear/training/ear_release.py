@@ -1,0 +1,300 @@
+r"""Turns a finished EnergyAR into weights to ship: FP16, its settings chosen, judged on real pictures.
+
+    python -m parscale_ear.training.ear_release RUN/pictures.safetensors \\
+        --training TRAIN_DIR_OR_TAR --validation VAL_DIR_OR_TAR --evidence FOLDER
+
+Guidance and temperature are chosen on the training pictures: of all settings whose Fréchet distance
+to them is within ``NEAR`` of the least, the one whose pictures are put into their classes most
+often. The validation pictures then judge that one setting once, by an extractor that took no part
+in training. What the pictures of the validation set are to that judge is written as statistics, so
+that distances can be measured where no pictures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from parscale_ear import __version__, checkpoint
+from parscale_ear.data.images import ImageError, find_images, grid, load_squares, save_png, to_uint8
+from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
+from parscale_ear.metrics.features import EfficientNetLite, FeatureError
+from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
+from parscale_ear.metrics.generation import (
+    FeatureStatistics,
+    class_hits,
+    nearest,
+    quantiles,
+    share,
+)
+
+GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0)
+TEMPERATURES = (1.0, 0.9, 0.8)
+NEAR = 1.1  # times the least distance
+TRIED, JUDGED = 500, 2000  # pictures of every setting, and of the chosen one
+TRIED_SEED, JUDGED_SEED = 1, 2
+BATCH = 50
+REPEATS = 50  # of the bootstrap
+SHOWN = 3  # pictures of a class beside their nearest training pictures
+STATISTICS_FILE = "imagenette128.safetensors"
+EVIDENCE_FILE = "generation_judged.json"
+# Imagenette's classes by folder name, and their numbers among ImageNet's.
+IMAGENET = {
+    "n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497,
+    "n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real pictures, and what the judge sees of them."""
+
+    pictures: Tensor  # (N, 3, H, W), 8-bit
+    labels: Tensor  # (N,)
+    features: Tensor  # (N, D)
+
+
+class Judge:
+    """EfficientNet-Lite1, which takes no part in any training here."""
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        self.network, self.classes = EfficientNetLite(1), tuple(classes)
+
+    def look(self, pictures: Tensor, name: str = "") -> Tensor:
+        """(N, 3, H, W), 8-bit → (N, D)."""
+        with tqdm(total=len(pictures), desc=name, leave=False, disable=not name) as bar:
+            parts = []
+            for batch in pictures.split(BATCH):
+                parts.append(self.network(batch))
+                bar.update(len(batch))
+        return torch.cat(parts)
+
+    def hits(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Whether each is put into its own class: (N,), bool."""
+        return class_hits(self.network.logits(features), labels, self.classes)
+
+
+def load_real(paths: Sequence[str], side: int, judge: Judge, name: str) -> Real:
+    """Reads labelled pictures and looks at them.
+
+    Raises:
+        ImageError: there are none, or some have no class folder.
+    """
+    refs = find_images(paths)
+    folders = sorted({ref.label for ref in refs})
+    if unknown := [folder for folder in folders if folder not in IMAGENET]:
+        raise ImageError(f"{name}: {unknown[0]!r} is not a class folder of Imagenette")
+    numbers = {folder: k for k, folder in enumerate(sorted(IMAGENET))}
+    pictures = load_squares(refs, side)
+    labels = torch.tensor([numbers[ref.label] for ref in refs])
+    return Real(pictures, labels, judge.look(pictures, name))
+
+
+def draw(
+    model: EnergyAR, count: int, seed: int, guidance: float, temperature: float, name: str = ""
+) -> Tensor:
+    """(count, 3, H, W), 8-bit; the classes in turn."""
+    classes = len(model.config.class_names)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    with tqdm(total=count, desc=name, leave=False, disable=not name) as bar:
+        for batch in (torch.arange(count) % classes).split(BATCH):
+            images = model.generate(
+                batch, guidance=guidance, temperature=temperature, generator=generator
+            )
+            parts.append(to_uint8(images))
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def choose(model: EnergyAR, judge: Judge, training: Real) -> tuple[dict[str, float], list[Any]]:
+    """The setting to ship, and all that were tried."""
+    law = Gaussian.fit(training.features.numpy())
+    labels = torch.arange(TRIED) % len(judge.classes)
+    tried = []
+    settings = list(itertools.product(GUIDANCE, TEMPERATURES))
+    for guidance, temperature in tqdm(settings, desc="settings"):
+        pictures = draw(model, TRIED, TRIED_SEED, guidance=guidance, temperature=temperature)
+        features = judge.look(pictures)
+        tried.append(
+            {
+                "guidance": guidance,
+                "temperature": temperature,
+                "distance": Gaussian.fit(features.numpy()).distance(law),
+                "accuracy": float(judge.hits(features, labels).float().mean()),
+            }
+        )
+    limit = NEAR * min(row["distance"] for row in tried)
+    best = max((row for row in tried if row["distance"] <= limit), key=lambda row: row["accuracy"])
+    return {key: best[key] for key in ("guidance", "temperature")}, tried
+
+
+@torch.no_grad()
+def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
+    """What the autoencoder makes of real pictures, with the generator's decoder: 8-bit."""
+    autoencoder, parts = model.autoencoder, []
+    for batch in pictures.split(BATCH):
+        latents = autoencoder.encode(batch.float() / 127.5 - 1).mode()
+        parts.append(to_uint8(model.decode(latents)))
+    return torch.cat(parts)
+
+
+def judge_model(
+    model: EnergyAR, judge: Judge, training: Real, validation: Real, settings: dict[str, float]
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Figures of one setting on the validation pictures; the pictures, and their neighbours."""
+    pictures = draw(model, JUDGED, JUDGED_SEED, name="pictures to judge", **settings)
+    labels = torch.arange(JUDGED) % len(judge.classes)
+    features = judge.look(pictures, "judging")
+    hits = judge.hits(features, labels)
+    law = Gaussian.fit(validation.features.numpy())
+    seen = features.numpy()
+    distance = clustered_bootstrap(
+        lambda rows: [Gaussian.fit(seen[rows]).distance(law)], range(len(seen)), repeats=REPEATS
+    )[0]
+    restored = restore(model, validation.pictures)
+    ceiling = judge.look(restored, "ceiling")
+    restored_training = judge.look(restore(model, training.pictures), "training, restored")
+    apart, which = nearest(features, restored_training)
+    held_out, _ = nearest(ceiling, restored_training)
+    drawn_pairs, _ = nearest(features[::2], features[1::2])
+    real_pairs, _ = nearest(ceiling[::2], ceiling[1::2])
+    per_class = [float(hits[labels == k].float().mean()) for k in range(len(judge.classes))]
+    figures = {
+        "pictures": JUDGED,
+        "seed": JUDGED_SEED,
+        "settings": settings,
+        "class_accuracy": share(hits).as_dict(),
+        "class_accuracy_by_class": dict(zip(model.config.class_names, per_class, strict=True)),
+        "distance": distance.as_dict(),
+        "ceiling": {
+            "pictures": len(validation.labels),
+            "class_accuracy": share(judge.hits(ceiling, validation.labels)).as_dict(),
+            "class_accuracy_originals": share(
+                judge.hits(validation.features, validation.labels)
+            ).as_dict(),
+            "distance": Gaussian.fit(ceiling.numpy()).distance(law),
+        },
+        "nearest_training_picture": {
+            "drawn": quantiles(apart),
+            "held_out": quantiles(held_out),
+        },
+        "nearest_of_its_kind": {"drawn": quantiles(drawn_pairs), "real": quantiles(real_pairs)},
+    }
+    return figures, pictures, which
+
+
+def release(
+    weights: Path,
+    training_paths: Sequence[str],
+    validation_paths: Sequence[str],
+    out: Path,
+    evidence: Path,
+) -> dict[str, Any]:
+    """Writes weights and statistics to ``out``, figures and pictures to ``evidence``.
+
+    Args:
+        weights: an EnergyAR of Imagenette's classes.
+        training_paths: the pictures that it was trained on.
+        validation_paths: others.
+        out: folder for the weights.
+        evidence: folder for ``generation_judged.json``, and for the pictures beside their nearest
+            training pictures, which must not be published where those may not be.
+
+    Raises:
+        CheckpointError: the weights are missing, damaged or foreign.
+        ImageError: no pictures, or of other classes.
+        FeatureError: Lite1's packages are missing.
+        ValueError: the generator has other classes than ten.
+    """
+    header = checkpoint.load(weights, kind="EnergyAR")[1]
+    model = EnergyAR.from_pretrained(weights)
+    if len(model.config.class_names) != len(IMAGENET):
+        raise ValueError(f"{weights}: a generator of Imagenette's ten classes is needed")
+    model.transformer.half().float()
+    model.head.half().float()
+    judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
+    side = model.config.image_side
+    training = load_real(training_paths, side, judge, "training")
+    validation = load_real(validation_paths, side, judge, "validation")
+    settings, tried = choose(model, judge, training)
+    figures, pictures, which = judge_model(model, judge, training, validation, settings)
+    law = Gaussian.fit(validation.features.numpy())
+    facts = {
+        "data": [Path(path).name for path in validation_paths],
+        "pictures": len(validation.labels),
+        "side": side,
+        "ceiling": figures["ceiling"],
+    }
+    statistics = FeatureStatistics(law, judge.network.name, judge.classes, facts)
+    statistics.save(out / STATISTICS_FILE)
+    report = {
+        "judge": judge.network.name,
+        "distance_name": judge.network.distance,
+        "data": facts["data"],
+        "decoder": DEFAULT_DECODER,
+        "dtype": "float32",
+        "version": __version__,
+        "torch": torch.__version__,
+        **figures,
+        "tried_on_training": tried,
+        "statistics_error": FeatureStatistics.load(out / STATISTICS_FILE).law.distance(law),
+        "latent_fingerprint": model.latent_fingerprint,
+    }
+    model.recommended = settings
+    model.save_pretrained(
+        out / SHIPPED_FILE, dtype=torch.float16, training=header.get("training"), judged=figures
+    )
+    report["weights_sha256"] = checkpoint.load(out / SHIPPED_FILE)[1]["sha256"]
+    checkpoint.write_text(evidence / EVIDENCE_FILE, json.dumps(report, indent=1) + "\n")
+    _show(pictures, training.pictures[which], len(judge.classes), evidence)
+    return report
+
+
+def _show(pictures: Tensor, neighbours: Tensor, classes: int, folder: Path) -> None:
+    """A row a class: drawn pictures, each beside its nearest training picture."""
+    rows = []
+    for label in range(classes):
+        numbers = [label + classes * k for k in range(SHOWN)]
+        rows.append([part[n] for n in numbers for part in (pictures, neighbours)])
+    save_png(grid(rows), folder / "neighbours.png")
+    drawn = [[pictures[label + classes * k] for k in range(10)] for label in range(classes)]
+    save_png(grid(drawn), folder / "drawn.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("weights", type=Path, help="RUN/pictures.safetensors")
+    parser.add_argument("--training", nargs="+", required=True, metavar="DIR_OR_TAR")
+    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    parser.add_argument("--out", type=Path, default=Path("parscale_ear/weights"))
+    parser.add_argument("--evidence", type=Path, required=True, help="folder for the figures")
+    arguments = parser.parse_args(argv)
+    try:
+        report = release(
+            arguments.weights,
+            arguments.training,
+            arguments.validation,
+            arguments.out,
+            arguments.evidence,
+        )
+    except (checkpoint.CheckpointError, ImageError, FeatureError, ValueError, OSError) as error:
+        print(f"ear_release: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({k: report[k] for k in ("settings", "class_accuracy", "distance", "ceiling")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

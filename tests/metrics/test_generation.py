@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.metrics.frechet import Gaussian, frechet_distance
+from parscale_ear.metrics.generation import (
+    FeatureStatistics,
+    class_hits,
+    nearest,
+    quantiles,
+    share,
+)
+
+
+@pytest.fixture
+def features() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((60, 12)) @ rng.standard_normal((12, 12)) + 3
+
+
+def test_statistics_on_disk_give_the_distance_of_the_pictures(
+    features: np.ndarray, tmp_path: Path
+) -> None:
+    statistics = FeatureStatistics(Gaussian.fit(features), "judge", (3, 7), {"pictures": 60})
+    found = FeatureStatistics.load(statistics.save(tmp_path / "s.safetensors"))
+    other = np.random.default_rng(1).standard_normal((40, 12))
+    exact = frechet_distance(features, other)
+    assert Gaussian.fit(other).distance(found.law) == pytest.approx(exact, rel=2e-3)
+    assert found.law.distance(statistics.law) < 1e-4 * exact
+    assert (found.extractor, found.classes, found.facts) == ("judge", (3, 7), {"pictures": 60})
+
+
+def test_statistics_of_too_few_pictures_are_refused(tmp_path: Path) -> None:
+    few = np.random.default_rng(0).standard_normal((5, 12))
+    with pytest.raises(ValueError, match="more pictures than features"):
+        FeatureStatistics(Gaussian.fit(few), "judge", ()).save(tmp_path / "s.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_file_is_not_taken_for_statistics(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        FeatureStatistics.load(tmp_path / "none.safetensors")
+
+
+def test_only_the_given_classes_stand_to_choice() -> None:
+    logits = torch.zeros(3, 1000)
+    logits[:, 999] = 9.0  # no class of ours
+    logits[0, 10], logits[1, 20], logits[2, 10] = 1.0, 1.0, 1.0
+    hits = class_hits(logits, torch.tensor([0, 1, 1]), (10, 20))
+    assert hits.tolist() == [True, True, False]
+
+
+def test_share_has_wilsons_interval() -> None:
+    found = share(torch.tensor([True] * 8 + [False] * 2))
+    # Wilson (1927): (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+    z, n, p = 1.959964, 10, 0.8
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert found.value == 0.8
+    assert found.low == pytest.approx((middle - half) / (1 + z * z / n), rel=1e-5)
+    assert found.high == pytest.approx((middle + half) / (1 + z * z / n), rel=1e-5)
+
+
+def test_nearest_finds_a_copy() -> None:
+    references = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    apart, which = nearest(references[[7, 430]] + 1e-3, references)
+    assert which.tolist() == [7, 430]
+    assert float(apart.max()) < 0.01
+    assert quantiles(torch.arange(101.0))["q0.5"] == 50
