@@ -29,7 +29,9 @@ from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.data.images import ImageError
 from parscale_ear.device import UsageError, resolve_device
+from parscale_ear.generator.ear import shipped_generator
 from parscale_ear.metrics.features import FeatureError
+from parscale_ear.metrics.generation import shipped_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
@@ -149,11 +151,10 @@ def source_digest() -> str:
 
 
 def weights_digest() -> dict[str, str]:
-    """The SHA-256 in the headers of the shipped weights."""
-    return {
-        Path(file).stem: checkpoint.load(shipped_weights(variant, decoder))[1]["sha256"]  # type: ignore[arg-type]
-        for (variant, decoder), file in SHIPPED.items()
-    }
+    """The SHA-256 in the headers of the shipped weights and statistics."""
+    files = [shipped_weights(variant, decoder) for variant, decoder in SHIPPED]  # type: ignore[arg-type]
+    files += [shipped_generator(), shipped_statistics()]
+    return {file.stem: checkpoint.load(file)[1]["sha256"] for file in files}
 
 
 def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ FOLDER = ci.ROOT / "docs" / "results"
 TRAINING = FOLDER / "hybrid_training.json"  # of parscale_ear.training.comparison
 STREAMS = FOLDER / "streams_training.json"  # of parscale-ear train var, RUN/streams.json
 TRIALS = FOLDER / "trials.json"
+JUDGED = FOLDER / "generation_judged.json"  # of parscale_ear.training.ear_release
 VERDICTS = {  # variant → what its difference to the hybrid tells
     "LiteVAE": "LiteVAE alone − hybrid, trained alike",
     "LiteVAE, wider": "as many parameters in wider layers − hybrid, trained alike",

@@ -16,6 +16,7 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import grid
 from parscale_ear.data.reference import wheel_reference
+from parscale_ear.generator.ear import EnergyAR
 
 SHOWN = (0, 1, 2, 4, 6, 8)  # astronaut, chelsea, coffee, motorcycle, grace_hopper, camera
 AMPLIFIED = 5
@@ -41,6 +42,19 @@ def picture_grid(device: torch.device) -> bytes:
     columns.append(difference.clamp(0, 255).round().to(torch.uint8))
     buffer = io.BytesIO()
     grid([list(row) for row in zip(*columns, strict=True)]).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def drawn_grid(device: torch.device, columns: int = 8) -> bytes:
+    """A row a class of what the shipped generator draws: the first pictures of seed 0."""
+    model = EnergyAR.from_pretrained(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    rows = []
+    for label in range(len(model.config.class_names)):
+        images = model.generate([label] * columns, generator=generator)
+        rows.append(list(images.cpu()))
+    buffer = io.BytesIO()
+    grid(rows).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

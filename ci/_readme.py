@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ci import _common as ci
-from ci import _evidence, _stream_tables
+from ci import _evidence, _generation_tables, _stream_tables
 from ci._distances import distance_head, distance_rows
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._tables import (
@@ -28,7 +28,7 @@ BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
 
 def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's figures as Markdown, each with hardware, dtype, sample count and date."""
-    sanity, latency, fid, ablation, streams = (reports[name] for name in REPORTS)
+    sanity, latency, fid, ablation, streams, generation = (reports[name] for name in REPORTS)
 
     def origin(report: Mapping[str, Any], samples: str) -> str:
         return (
@@ -102,6 +102,8 @@ def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
         + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
         *_readme_streams(streams["figures"]),
         origin(streams, f"batch 1, {streams['settings']['num_runs']} rounds in turn"),
+        *_readme_generation(generation["figures"]),
+        origin(generation, f"{generation['figures']['pictures']} pictures"),
     ]
     return "\n".join(lines)
 
@@ -127,6 +129,32 @@ def _readme_streams(figures: Mapping[str, Any]) -> list[str]:
         _stream_tables.PROTOTYPE_NOTE,
         "",
         *_readme_worth(),
+    ]
+
+
+def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
+    """Drawn pictures, as judged and as measured in the run, for the README."""
+    tables = _generation_tables
+    judged = _evidence.read(_evidence.JUDGED)
+    lines = ["", "**Drawn pictures** (the shipped EnergyAR)", ""]
+    if judged is not None:
+        lines += [
+            _markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
+            "",
+            f"{tables.JUDGED_NOTE} Data: {', '.join(judged['data'])}; {judged['dtype']}, torch "
+            f"{judged['torch']}.",
+            "",
+            _markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
+            "",
+            tables.NEIGHBOUR_NOTE,
+            "",
+        ]
+    return [
+        *lines,
+        _markdown(tables.HEAD, tables.rows(figures, figures["reference"]["ceiling"])),
+        "",
+        *(f"{note}  " for note in tables.generation_notes(figures)),
+        "",
     ]
 
 

@@ -20,11 +20,12 @@ if __package__ in (None, ""):
 import torch
 
 from ci import _common as ci
-from ci import _evidence, _stream_tables
+from ci import _evidence, _generation_tables, _stream_tables
 from ci._distances import distance_head, distance_rows
 from ci._figures import (
     ablation_plot,
     data_url,
+    drawn_grid,
     latency_plot,
     picture_grid,
     streams_plot,
@@ -120,6 +121,8 @@ def build_html(
         )
     if "streams" in reports:
         parts += _streams(reports["streams"])
+    if "generation" in reports:
+        parts += _generation(reports["generation"], device)
     parts += [*_training(), *_trials()]
     parts.append(
         "<h2>How to repeat it</h2><pre>bash ci/run.sh\n"
@@ -248,6 +251,31 @@ def _streams(report: Mapping[str, Any]) -> list[str]:
         _table(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         f"<p>{html.escape(_stream_tables.PROTOTYPE_NOTE)}</p>",
         *_worth(),
+    ]
+
+
+def _generation(report: Mapping[str, Any], device: torch.device) -> list[str]:
+    figures = report["figures"]
+    tables = _generation_tables
+    names = ", ".join(figures["class_accuracy_by_class"])
+    ceiling = figures["reference"]["ceiling"]
+    parts = [
+        "<h2>M3-2 drawn pictures</h2>",
+        _figure(drawn_grid(device), f"A row a class, the first of seed 0, none chosen: {names}."),
+        _table(tables.HEAD, tables.rows(figures, ceiling)),
+        *(f"<p>{html.escape(note)}</p>" for note in tables.generation_notes(figures)),
+        _table(tables.CLASS_HEAD, tables.class_rows(figures)),
+        "<h3>Judged once, on more pictures</h3>",
+    ]
+    judged = _evidence.read(_evidence.JUDGED)
+    if judged is None:
+        return [*parts, "<p>SKIPPED: the generator has not been judged.</p>"]
+    return [
+        *parts,
+        _table(tables.HEAD, tables.rows(judged, judged["ceiling"])),
+        f'<p class="note">{html.escape(tables.JUDGED_NOTE)}</p>',
+        _table(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
+        f"<p>{html.escape(tables.NEIGHBOUR_NOTE)}</p>",
     ]
 
 

@@ -8,14 +8,14 @@ usage() {
   cat <<'END'
 Usage: bash ci/run.sh [--quick] [--device auto|cpu|cuda]
 
-Validates the shipped model (M2-1 sanity, M2-2 latency, M2-3 FID, M3-1 ablation) and
-the parallel streams of VAR (M2-4), and writes
+Validates the shipped autoencoder (M2-1 sanity, M2-2 latency, M2-3 FID, M3-1 ablation),
+the parallel streams of VAR (M2-4) and the shipped generator (M3-2), and writes
 results/*.json and results/report.html. Sets up .venv first if it is not there.
 
   --quick   the same chain with fewer samples and no verdict on timings
 
 Environment: CI_NUM_RUNS (timed runs a batch size), CI_FID_SAMPLES (pictures),
-CI_STREAM_RUNS (timed rounds of the streams),
+CI_STREAM_RUNS (timed rounds of the streams), CI_GENERATION_SAMPLES (drawn pictures),
 REF_DIR (folder or tar of photographs to measure on), CI_PYTHON (an interpreter that has all that
 is needed: nothing is set up then).
 END
@@ -57,10 +57,11 @@ if [ -z "$python" ]; then
 fi
 mkdir -p results || exit 2
 # What an earlier run left must not pass for this one's.
-rm -f results/{sanity,latency,fid,ablation,streams,summary}.json results/report.html
+rm -f results/{sanity,latency,fid,ablation,streams,generation,summary}.json results/report.html
 
 steps=("sanity.py ${quick[*]-}" "latency.py ${quick[*]-}" "fid_eval.py ${quick[*]-}"
-  "ablation.py ${quick[*]-}" "streams.py ${quick[*]-}" "validate_results.py" "report.py")
+  "ablation.py ${quick[*]-}" "streams.py ${quick[*]-}"
+  "generation.py ${quick[*]-}" "validate_results.py" "report.py")
 worst=0
 verdict=2
 bar="#######"

@@ -24,6 +24,7 @@ REPORTS = {  # file → milestone, in the order of the table
     "fid": "M2-3",
     "ablation": "M3-1",
     "streams": "M2-4",
+    "generation": "M3-2",
 }
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")

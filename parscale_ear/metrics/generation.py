@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from parscale_ear import checkpoint
+from parscale_ear.metrics.diversity import mean_pairwise_distance
 from parscale_ear.metrics.frechet import Gaussian, Interval
 
 KIND = "FeatureStatistics"
+STATISTICS_FILE = "imagenette128.safetensors"  # of the shipped generator's validation pictures
 NEIGHBOUR_BATCH = 256
 
 
@@ -74,6 +77,11 @@ class FeatureStatistics:
             raise checkpoint.CheckpointError(f"{path}: not whole ({reason})") from error
 
 
+def shipped_statistics() -> Path:
+    """Path of what the shipped generator is judged by."""
+    return Path(str(resources.files("parscale_ear") / "weights" / STATISTICS_FILE))
+
+
 def class_hits(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Whether a picture is put into its own class when only these classes stand to choice.
 
@@ -93,6 +101,12 @@ def share(hits: Tensor) -> Interval:
     count, total = int(hits.sum()), len(hits)
     ends = binomtest(count, total).proportion_ci(0.95, method="wilson")
     return Interval(count / total, float(ends.low), float(ends.high))
+
+
+def class_diversity(features: Tensor, labels: Tensor) -> float:
+    """Mean distance between two pictures of a class, mean over classes: (N, D), (N,)."""
+    found = [mean_pairwise_distance(features[None, labels == k]) for k in labels.unique()]
+    return float(np.mean(found))
 
 
 def nearest(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

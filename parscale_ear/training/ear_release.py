@@ -31,7 +31,9 @@ from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
 from parscale_ear.metrics.features import EfficientNetLite, FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.metrics.generation import (
+    STATISTICS_FILE,
     FeatureStatistics,
+    class_diversity,
     class_hits,
     nearest,
     quantiles,
@@ -45,8 +47,8 @@ TRIED, JUDGED = 500, 2000  # pictures of every setting, and of the chosen one
 TRIED_SEED, JUDGED_SEED = 1, 2
 BATCH = 50
 REPEATS = 50  # of the bootstrap
+FEW = (64, 256)  # real pictures, whose distance tells how far so few must seem to be
 SHOWN = 3  # pictures of a class beside their nearest training pictures
-STATISTICS_FILE = "imagenette128.safetensors"
 EVIDENCE_FILE = "generation_judged.json"
 # Imagenette's classes by folder name, and their numbers among ImageNet's.
 IMAGENET = {
@@ -117,8 +119,17 @@ def draw(
     return torch.cat(parts)
 
 
-def choose(model: EnergyAR, judge: Judge, training: Real) -> tuple[dict[str, float], list[Any]]:
-    """The setting to ship, and all that were tried."""
+def choose(
+    model: EnergyAR, judge: Judge, training: Real, near: float = NEAR
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Guidance and temperature by the training pictures, and all that were tried.
+
+    Args:
+        model: the generator.
+        judge: of distance and classes.
+        training: the pictures it was trained on.
+        near: how many times the least distance is allowed for better classes.
+    """
     law = Gaussian.fit(training.features.numpy())
     labels = torch.arange(TRIED) % len(judge.classes)
     tried = []
@@ -134,7 +145,7 @@ def choose(model: EnergyAR, judge: Judge, training: Real) -> tuple[dict[str, flo
                 "accuracy": float(judge.hits(features, labels).float().mean()),
             }
         )
-    limit = NEAR * min(row["distance"] for row in tried)
+    limit = near * min(row["distance"] for row in tried)
     best = max((row for row in tried if row["distance"] <= limit), key=lambda row: row["accuracy"])
     return {key: best[key] for key in ("guidance", "temperature")}, tried
 
@@ -169,6 +180,7 @@ def judge_model(
     held_out, _ = nearest(ceiling, restored_training)
     drawn_pairs, _ = nearest(features[::2], features[1::2])
     real_pairs, _ = nearest(ceiling[::2], ceiling[1::2])
+    shuffled = torch.randperm(len(ceiling), generator=torch.Generator().manual_seed(JUDGED_SEED))
     per_class = [float(hits[labels == k].float().mean()) for k in range(len(judge.classes))]
     figures = {
         "pictures": JUDGED,
@@ -184,7 +196,12 @@ def judge_model(
                 judge.hits(validation.features, validation.labels)
             ).as_dict(),
             "distance": Gaussian.fit(ceiling.numpy()).distance(law),
+            "distance_of_few": {
+                str(few): Gaussian.fit(ceiling[shuffled[:few]].numpy()).distance(law) for few in FEW
+            },
+            "diversity": class_diversity(ceiling, validation.labels),
         },
+        "diversity": class_diversity(features, labels),
         "nearest_training_picture": {
             "drawn": quantiles(apart),
             "held_out": quantiles(held_out),

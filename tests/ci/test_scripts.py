@@ -12,6 +12,7 @@ import torch
 
 import ci.ablation
 import ci.fid_eval
+import ci.generation
 import ci.latency
 import ci.quick_check
 import ci.report
@@ -23,7 +24,7 @@ from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, r
 from parscale_ear.profiling.latency import benchmark_model_precise
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["sanity", "latency", "fid_eval", "ablation", "streams", "quick_check"]
+SCRIPTS = ["sanity", "latency", "fid_eval", "ablation", "streams", "generation", "quick_check"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ci.ablation.main([*common, str(folder / "ablation.json"), *few]) == 0
     small = ["--depth", "1", "--counts", "1", "2"]
     assert ci.streams.main([*common, str(folder / "streams.json"), *small]) == 0
+    drawn = ["--num-samples", "20"]
+    assert ci.generation.main([*common, str(folder / "generation.json"), *drawn]) in (0, 1)
     return folder
 
 
@@ -76,6 +79,27 @@ class TestStreams:
     def test_wrong_label(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"0\.\.999"):
             ci.streams.main(["--depth", "1", "--label", "2000", "--quick"])
+
+
+class TestGeneration:
+    def test_what_is_reported_was_counted(self, reports: dict[str, dict[str, Any]]) -> None:
+        figures = reports["generation"]["figures"]
+        assert figures["pictures"] == 20
+        assert figures["passes"] == 7
+        assert figures["same_again"]
+        by_class = list(figures["class_accuracy_by_class"].values())
+        mean = sum(by_class) / len(by_class)  # the classes take turns
+        assert figures["class_accuracy"]["value"] == pytest.approx(mean)
+        assert figures["distance"] > figures["reference"]["ceiling"]["distance"]
+        assert figures["heads"]["energy_token_s"] > 0
+
+    def test_no_verdict_on_timings_in_a_quick_run(self, reports: dict[str, dict[str, Any]]) -> None:
+        targets = {t["name"]: t["status"] for t in reports["generation"]["targets"]}
+        assert [s for n, s in targets.items() if "diffusion head" in n] == ["SKIPPED"]
+
+    def test_too_few_pictures(self) -> None:
+        with pytest.raises(_common.UsageError, match="at least 20"):
+            ci.generation.main(["--quick", "--num-samples", "5"])
 
 
 class TestReports:

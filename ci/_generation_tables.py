@@ -1,0 +1,90 @@
+"""Tables of drawn pictures, for the terminal, the report and the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ci import _common as ci
+
+HEAD = ("", "drawn", "real, through the autoencoder")
+CLASS_HEAD = ("class", "put into it")
+JUDGED_NOTE = (
+    "Judged by EfficientNet-Lite1, which takes no part in any training here; the class is the "
+    "likeliest of the ten. Guidance and temperature were chosen on the training pictures. The "
+    "judge's distance falls with the number of pictures, so only distances of equally many compare."
+)
+
+
+def class_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Accuracy a class."""
+    return [(name, f"{value:.0%}") for name, value in figures["class_accuracy_by_class"].items()]
+
+
+def rows(figures: Mapping[str, Any], ceiling: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Drawn pictures beside real ones; ``figures`` of a run or of the judged evidence."""
+    count = figures["pictures"]
+    distance = figures["distance"]
+    few = ceiling["distance_of_few"].get(str(count))
+    real = (
+        f"{few:.1f} ({count:,})"
+        if few is not None
+        else f"{ceiling['distance']:.1f} ({ceiling['pictures']:,})"
+    )
+    said = (
+        f"{distance['value']:.1f} [{distance['low']:.1f}, {distance['high']:.1f}]"
+        if isinstance(distance, Mapping)
+        else f"{distance:.1f}"
+    )
+    return [
+        (
+            "put into their own class of ten (chance 10 %)",
+            _share(figures["class_accuracy"]),
+            _share(ceiling["class_accuracy"]),
+        ),
+        ("distance to the validation pictures", f"{said} ({count:,})", real),
+        (
+            "mean distance of two pictures of a class",
+            f"{figures['diversity']:.2f}",
+            f"{ceiling['diversity']:.2f}",
+        ),
+    ]
+
+
+def neighbour_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """How near the nearest training picture is, for drawn and for held-out real pictures."""
+    names = {"q0.01": "nearest 1 %", "q0.25": "first quarter", "q0.5": "median"}
+    parts = judged["nearest_training_picture"]
+    return [
+        (name, f"{parts['drawn'][key]:.2f}", f"{parts['held_out'][key]:.2f}")
+        for key, name in names.items()
+    ]
+
+
+NEIGHBOUR_NOTE = (
+    "Distances in the judge's features, to the training pictures as the autoencoder restores them. "
+    "A generator that copies its training pictures would be far nearer to them than held-out real "
+    "pictures are."
+)
+NEIGHBOUR_HEAD = ("distance to the nearest training picture", "drawn", "held-out real pictures")
+
+
+def _share(interval: Mapping[str, float]) -> str:
+    return f"{interval['value']:.1%} [{interval['low']:.1%}, {interval['high']:.1%}]"
+
+
+def generation_notes(figures: Mapping[str, Any]) -> list[str]:
+    """What else a run found, a line each."""
+    heads, settings = figures["heads"], figures["settings"]
+    parameters = figures["parameters"]
+    return [
+        f"EnergyAR, {parameters['total']:,} parameters ({parameters['head']:,} in the head), "
+        f"{figures['side']}×{figures['side']}, guidance {settings['guidance']:g}, temperature "
+        f"{settings['temperature']:g}: {figures['passes']} passes a picture, "
+        f"{1000 * figures['picture_s']:.1f} ms a picture in batches, "
+        f"{1000 * figures['single_picture_s']:.0f} ms alone.",
+        f"A token costs {1e6 * heads['energy_token_s']:.1f} µs in the energy head and "
+        f"{1e6 * heads['diffusion_token_s']:.1f} µs in a diffusion head of the same width in 32 "
+        f"steps ({ci.number(heads['diffusion_token_s'] / heads['energy_token_s'])} times as much), "
+        "timed in turn.",
+    ]

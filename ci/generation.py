@@ -1,0 +1,205 @@
+"""M3-2: pictures drawn by the shipped EnergyAR: are they what they are named, how far from real."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ci import _common as ci
+from ci._generation_tables import CLASS_HEAD, HEAD, class_rows, generation_notes, rows
+from parscale_ear.data.images import to_uint8
+from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.metrics.features import EfficientNetLite
+from parscale_ear.metrics.frechet import Gaussian
+from parscale_ear.metrics.generation import (
+    STATISTICS_FILE,
+    FeatureStatistics,
+    class_diversity,
+    class_hits,
+    share,
+    shipped_statistics,
+)
+from parscale_ear.training.control_heads import DiffusionHead
+
+LEAST_ACCURACY = 0.4  # of the pictures in their own class among the ten
+MOST_PASSES = 8  # of the trunk, a picture
+MOST_HEAD_TIME = 0.2  # of a diffusion head's of the same width
+DIFFUSION_STEPS = 32
+HEAD_TOKENS = (32, 16)  # pictures and tokens that the heads are timed on
+BATCH = 32
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns the exit code."""
+    parser = ci.parser(__doc__ or "", "generation.json")
+    parser.add_argument("--checkpoint", type=Path, help="an EnergyAR (default: the shipped one)")
+    parser.add_argument(
+        "--num-samples",
+        type=ci.positive_int,
+        default=os.environ.get("CI_GENERATION_SAMPLES") or None,
+        help="pictures (or CI_GENERATION_SAMPLES; default 256, quick 64)",
+    )
+    parser.add_argument("--guidance", type=float, help="default: what the weights recommend")
+    parser.add_argument("--temperature", type=float, help="likewise")
+    arguments = parser.parse_args(argv)
+    device = ci.resolve_device(arguments.device)
+    count = int(arguments.num_samples or (64 if arguments.quick else 256))
+    model = EnergyAR.from_pretrained(arguments.checkpoint, device=device)
+    statistics = FeatureStatistics.load(shipped_statistics())
+    names = model.config.class_names
+    if len(names) != len(statistics.classes):
+        raise ci.UsageError(
+            f"{arguments.checkpoint}: {len(names)} classes; the judge knows {len(statistics.classes)}"
+        )
+    if count < 2 * len(names):
+        raise ci.UsageError(f"--num-samples {count}: at least {2 * len(names)} are needed")
+    asked = {"guidance": arguments.guidance, "temperature": arguments.temperature}
+    settings = {k: model.recommended[k] if v is None else v for k, v in asked.items()}
+    labels = torch.arange(count) % len(names)
+    pictures, seconds, passes = _draw(model, labels, settings, arguments.seed)
+    again, _, _ = _draw(model, labels[:BATCH], settings, arguments.seed)
+    judge = EfficientNetLite(1, device)
+    if judge.name != statistics.extractor:
+        raise ci.UsageError(f"{STATISTICS_FILE} is of {statistics.extractor}, not {judge.name}")
+    with ci.progress(len(pictures), "judging") as advance:
+        features = _look(judge, pictures, advance)
+    hits = class_hits(judge.logits(features), labels, statistics.classes)
+    figures: dict[str, Any] = {
+        "pictures": count,
+        "side": model.config.image_side,
+        "parameters": model.parameter_count(),
+        "settings": settings,
+        "class_accuracy": share(hits).as_dict(),
+        "class_accuracy_by_class": {
+            name: float(hits[labels == k].float().mean()) for k, name in enumerate(names)
+        },
+        "distance_name": judge.distance,
+        "distance": Gaussian.fit(features.numpy()).distance(statistics.law),
+        "diversity": class_diversity(features, labels),
+        "reference": dict(statistics.facts),
+        "passes": passes,
+        "picture_s": seconds / count,
+        "single_picture_s": _single(model, settings, arguments.seed),
+        "same_again": bool(torch.equal(again, pictures[: len(again)])),
+        "heads": _heads(model, 2 if arguments.quick else 7),
+    }
+    ci.table(HEAD, rows(figures, statistics.facts["ceiling"]))
+    print()
+    ci.table(CLASS_HEAD, class_rows(figures))
+    for note in generation_notes(figures):
+        print(note)
+    fields = ci.common_fields(device, torch.float32, arguments.seed)
+    said = {"num_samples": count, "batch_size": BATCH, **settings}
+    targets = _targets(figures, quick=arguments.quick)
+    return ci.finish("M3-2", "generation", arguments, fields, said, figures, targets)
+
+
+def _draw(
+    model: EnergyAR, labels: Tensor, settings: Mapping[str, float], seed: int
+) -> tuple[Tensor, float, int]:
+    """Pictures, 8-bit; seconds; and passes of the trunk a batch, counted at its last block."""
+    device = model.transformer.positions.device
+    generator = torch.Generator(device).manual_seed(seed)
+    calls = [0]
+
+    def count(*_: object) -> None:
+        calls[0] += 1
+
+    hook = model.transformer.blocks[-1].register_forward_hook(count)
+    parts = []
+    start = time.perf_counter()
+    try:
+        with ci.progress(len(labels), "drawing") as advance:
+            for batch in labels.split(BATCH):
+                images = model.generate(
+                    batch,
+                    guidance=settings["guidance"],
+                    temperature=settings["temperature"],
+                    generator=generator,
+                )
+                parts.append(to_uint8(images).cpu())
+                advance(len(batch))
+    finally:
+        hook.remove()
+    seconds = time.perf_counter() - start
+    return torch.cat(parts), seconds, calls[0] // len(parts)
+
+
+def _look(judge: EfficientNetLite, pictures: Tensor, advance: Callable[..., Any]) -> Tensor:
+    parts = []
+    for batch in pictures.split(BATCH):
+        parts.append(judge(batch))
+        advance(len(batch))
+    return torch.cat(parts)
+
+
+def _single(model: EnergyAR, settings: Mapping[str, float], seed: int) -> float:
+    """Median seconds of one picture alone."""
+    times = []
+    for _ in range(4):
+        _, seconds, _ = _draw(model, torch.zeros(1, dtype=torch.int64), settings, seed)
+        times.append(seconds)
+    return float(np.median(times[1:]))  # the first one warms up
+
+
+@torch.no_grad()
+def _heads(model: EnergyAR, rounds: int) -> dict[str, float]:
+    """Seconds a token of the energy head, and of a diffusion head of its width, taking turns."""
+    config, device = model.config, model.transformer.positions.device
+    diffusion = DiffusionHead(
+        config.width,
+        channels=config.channels,
+        levels=model.pyramid.levels,
+        head_width=config.head_width,
+        blocks=config.head_blocks,
+        noise=config.noise_channels,
+        steps=DIFFUSION_STEPS,
+    ).to(device)
+    level = model.pyramid.levels - 1
+    hidden = torch.randn(*HEAD_TOKENS, config.width, device=device)
+    times: dict[str, list[float]] = {"energy": [], "diffusion": []}
+    with ci.progress(rounds + 1, "heads") as advance:
+        for _ in range(rounds + 1):
+            for name, head in (("energy", model.head), ("diffusion", diffusion)):
+                start = time.perf_counter()
+                head.draw(hidden, level=level).sum().item()  # .item() waits for the device
+                times[name].append(time.perf_counter() - start)
+            advance()
+    tokens = HEAD_TOKENS[0] * HEAD_TOKENS[1]
+    return {f"{name}_token_s": float(np.median(t[1:])) / tokens for name, t in times.items()}
+
+
+def _targets(figures: Mapping[str, Any], *, quick: bool) -> list[ci.Target]:
+    accuracy = figures["class_accuracy"]
+    heads = figures["heads"]
+    ratio = heads["energy_token_s"] / heads["diffusion_token_s"]
+    head = f"time of a token, energy head over a diffusion head of {DIFFUSION_STEPS} steps"
+    why = (
+        f"95 % interval {accuracy['low']:.2f} to {accuracy['high']:.2f}; "
+        f"real pictures through the autoencoder: "
+        f"{figures['reference']['ceiling']['class_accuracy']['value']:.2f}"
+    )
+    return [
+        ci.at_least("pictures put into their own class", accuracy["value"], LEAST_ACCURACY, why=why),
+        ci.at_most("passes of the trunk a picture", figures["passes"], MOST_PASSES),
+        ci.holds("the same seed gives the same pictures", figures["same_again"]),
+        ci.at_least("diversity within a class", figures["diversity"], 1e-6),
+        ci.skipped(head, "--quick gives no verdict on timings", f"≤ {MOST_HEAD_TIME}")
+        if quick
+        else ci.at_most(head, ratio, MOST_HEAD_TIME),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(ci.run(main))

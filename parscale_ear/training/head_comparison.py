@@ -1,0 +1,244 @@
+r"""Is the energy head worth having? The same trunk trained alike with four heads.
+
+    python -m parscale_ear.training.head_comparison --latents LATENTS --validation-latents LATENTS \\
+        --training TRAIN_TAR --validation VAL_TAR --minutes 45 --out RUN
+
+Every head is trained on tokens alone (no whole pictures, no critic) from the same trunk weights, on
+the same latents in the same order, for the same time on the same machine. Guidance and temperature
+are chosen for each by the distance to the training pictures; EfficientNet-Lite1 judges. Two calls
+with different ``--heads`` and one ``--out`` may run side by side; the last one to end writes
+``RUN/heads.json`` with all that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from parscale_ear import __version__, checkpoint
+from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.data.images import ImageError, grid, save_png
+from parscale_ear.generator.ear import DEFAULT_DECODER, EARConfig, EnergyAR
+from parscale_ear.generator.energy import EnergyHead
+from parscale_ear.metrics.features import FeatureError
+from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
+from parscale_ear.metrics.generation import class_diversity, share
+from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, SquaredErrorHead
+from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.ear import load_latents
+from parscale_ear.training.ear_recipe import EARRecipe
+from parscale_ear.training.ear_release import (
+    IMAGENET,
+    JUDGED,
+    JUDGED_SEED,
+    REPEATS,
+    Judge,
+    Real,
+    choose,
+    draw,
+    load_real,
+)
+from parscale_ear.training.ear_tasks import EARTask, LatentStore
+from parscale_ear.training.folder import check_claim
+from parscale_ear.training.loop import Run, TrainingError
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "energy": EnergyHead,
+    "squared-error": SquaredErrorHead,
+    "gaussian": GaussianHead,
+    "diffusion": DiffusionHead,
+}
+SHOWN = 8  # pictures of a class
+
+
+def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
+    """An EnergyAR with another head; the trunk's fresh weights are the same for all.
+
+    Args:
+        kind: of :data:`HEADS`.
+        config: sizes; ``head_width`` and ``head_blocks`` are those of all heads.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    model = EnergyAR(config)
+    if kind != "energy":
+        head = HEADS[kind](
+            config.width,
+            channels=config.channels,
+            levels=model.pyramid.levels,
+            head_width=config.head_width,
+            blocks=config.head_blocks,
+            noise=config.noise_channels,
+        )
+        model.head = head  # type: ignore[assignment]
+    return model
+
+
+def train_head(
+    kind: str, recipe: EARRecipe, latents: LatentStore, validation: LatentStore,
+    classes: tuple[str, ...], autoencoder: ParScaleEAR, out: Path,
+) -> tuple[EnergyAR, Run]:  # fmt: skip
+    """Trains one, or goes on with what is in ``out``; the averaged weights.
+
+    Raises:
+        TrainingError: a signal stopped it; the same call goes on.
+    """
+    channels, side = latents.latents.shape[2:4]
+    model = build(kind, recipe.config(classes, channels=channels, side=side), recipe.seed)
+    model.pyramid.fit(latents.latents.flatten(0, 1))
+    model.latent_fingerprint = autoencoder.latent_fingerprint()
+    world = OneProcess(torch.device(recipe.device))
+    model = model.to(world.device).attach(autoencoder)
+    task = EARTask(model, latents, validation, recipe, out, world)
+    run = Run(task, recipe.loop("ear"), out, resume=True, world=world)
+    if not run.train():
+        raise TrainingError("stopped; the same command goes on")
+    average = run.average
+    assert isinstance(average, EnergyAR)
+    return average.attach(autoencoder).eval(), run
+
+
+def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, validation: Real, out: Path) -> dict[str, Any]:  # fmt: skip
+    """Figures of one head; writes a row of pictures a class."""
+    settings, tried = choose(model, judge, training, near=1.0)
+    pictures = draw(model, JUDGED, JUDGED_SEED, name=kind, **settings)
+    labels = torch.arange(JUDGED) % len(judge.classes)
+    rows = [[pictures[k + len(judge.classes) * n] for n in range(SHOWN)] for k in range(len(judge.classes))]  # fmt: skip
+    save_png(grid(rows), out / f"{kind}.png")
+    features = judge.look(pictures, kind)
+    law, seen = Gaussian.fit(validation.features.numpy()), features.numpy()
+    distance = clustered_bootstrap(
+        lambda chosen: [Gaussian.fit(seen[chosen]).distance(law)], range(len(seen)), repeats=REPEATS
+    )[0]
+    return {
+        "settings": settings,
+        "tried_on_training": tried,
+        "class_accuracy": share(judge.hits(features, labels)).as_dict(),
+        "distance": distance.as_dict(),
+        "diversity": class_diversity(features, labels),
+        "parameters": {
+            "trunk": sum(p.numel() for p in model.transformer.parameters()),
+            "head": sum(p.numel() for p in model.head.parameters()),
+        },
+    }
+
+
+def compare(
+    recipe: EARRecipe, heads: Sequence[str], training_paths: Sequence[str],
+    validation_paths: Sequence[str], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains and measures heads; goes on where an earlier call stopped.
+
+    Returns:
+        What is known of all heads that are finished in ``out``.
+
+    Raises:
+        TrainingError: ``out`` holds a comparison by another recipe, or a signal stopped this one.
+        CheckpointError: the latents cannot be used.
+        ImageError: no pictures, or of other classes.
+        FeatureError: Lite1's packages are missing.
+    """
+    asked = json.loads(json.dumps(asdict(recipe)))
+    check_claim(asked, out, resume=True)
+    checkpoint.write_text(out / "recipe.json", json.dumps(asked, indent=1) + "\n")
+    autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
+    latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
+    judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
+    real: tuple[Real, Real] | None = None
+    for kind in heads:
+        path = out / f"{kind}.json"
+        if path.exists():
+            continue
+        model, run = train_head(kind, recipe, latents, validation, classes, autoencoder, out / kind)
+        if real is None:
+            side = model.config.image_side
+            real = (
+                load_real(training_paths, side, judge, "training"),
+                load_real(validation_paths, side, judge, "validation"),
+            )
+        figures = {
+            "steps": run.progress.step,
+            "minutes": round(run.progress.seconds / 60, 1),
+            **measure(kind, model, judge, *real, out),
+        }
+        checkpoint.write_text(path, json.dumps(figures, indent=1) + "\n")
+    done = {kind: out / f"{kind}.json" for kind in HEADS if (out / f"{kind}.json").exists()}
+    return {
+        "heads": {
+            kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in done.items()
+        },
+        "judge": judge.network.name,
+        "distance_name": judge.network.distance,
+        "pictures": JUDGED,
+        "latents": len(latents),
+        "batch": recipe.batch,
+        "learning_rate": recipe.learning_rate,
+        "seed": recipe.seed,
+        "threads": torch.get_num_threads(),
+        "data": [Path(path).name for path in (*training_paths, *validation_paths)],
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--latents", required=True, help="folder of parscale-ear encode")
+    parser.add_argument("--validation-latents", required=True, help="the same to log on")
+    parser.add_argument("--training", nargs="+", required=True, metavar="DIR_OR_TAR")
+    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    parser.add_argument("--heads", nargs="+", choices=tuple(HEADS), default=tuple(HEADS))
+    parser.add_argument("--minutes", type=float, default=45.0, help="of every training")
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the trainings' folder")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = EARRecipe(
+            latents=arguments.latents,
+            validation=arguments.validation_latents,
+            minutes=arguments.minutes,
+            depth=arguments.depth,
+            batch=arguments.batch,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+            streams=(),
+        )
+        result = compare(
+            recipe, arguments.heads, arguments.training, arguments.validation, arguments.out
+        )
+    except (
+        checkpoint.CheckpointError,
+        FeatureError,
+        ImageError,
+        ModuleNotFoundError,
+        TrainingError,
+        ValueError,
+        OSError,
+    ) as error:
+        print(f"head_comparison: {error}", file=sys.stderr)
+        return 2
+    checkpoint.write_text(arguments.out / "heads.json", json.dumps(result, indent=1) + "\n")
+    for kind, row in result["heads"].items():
+        distance, accuracy = row["distance"], row["class_accuracy"]
+        print(
+            f"{kind:<14} {result['distance_name']} {distance['value']:.1f} "
+            f"[{distance['low']:.1f}, {distance['high']:.1f}]  in their class "
+            f"{accuracy['value']:.1%}  {row['steps']:,} steps"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The release of an EnergyAR and the comparison of heads, with a judge of a few features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from parscale_ear.cli import main
+from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.generation import FeatureStatistics
+from parscale_ear.training import ear_release, head_comparison
+from parscale_ear.training.ear import train_ear
+from parscale_ear.training.ear_recipe import EARRecipe
+from parscale_ear.training.ear_release import IMAGENET
+from parscale_ear.training.loop import TrainingError
+
+FEATURES = 12
+
+
+class FewFeatures:
+    """Means of colours over a 2×2 grid: brightness tells the classes."""
+
+    name, distance, dimensions = "few", "FD-few", FEATURES
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 2).flatten(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        shade = features.mean(1, keepdim=True)
+        logits = torch.full((len(features), 1000), -9.0)
+        centres = torch.linspace(0.05, 0.95, len(IMAGENET))
+        logits[:, [IMAGENET[folder] for folder in sorted(IMAGENET)]] = -((shade - centres) ** 2)
+        return logits
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ear_release, "EfficientNetLite", FewFeatures)
+    for name, value in (
+        ("GUIDANCE", (0.0, 2.0)),
+        ("TEMPERATURES", (1.0, 0.5)),
+        ("TRIED", 20),
+        ("FEW", (16,)),
+        ("REPEATS", 3),
+        ("BATCH", 20),
+    ):
+        monkeypatch.setattr(ear_release, name, value)
+    for module in (ear_release, head_comparison):
+        monkeypatch.setattr(module, "JUDGED", 100)
+    monkeypatch.setattr(head_comparison, "REPEATS", 3)
+    return
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of 32×32 in each of Imagenette's folders, a shade a class."""
+    folder = tmp_path_factory.mktemp("imagenette")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(sorted(IMAGENET)):
+        (folder / name).mkdir()
+        for k in range(3):
+            shade = 13 + 25.5 * number * 0.9
+            pixels = shade + 12 * rng.standard_normal((32, 32, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    assert main(["encode", str(pictures), str(out), "--side", "32", "--mirror"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def recipe(latents: Path) -> EARRecipe:
+    return EARRecipe(
+        latents=str(latents), validation=str(latents), minutes=None, steps=3, streams=(), depth=1,
+        width=16, heads=2, head_width=16, head_blocks=1, noise_channels=4, batch=8,
+        precision="fp32",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: EARRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert train_ear(recipe, out)
+    return out / "ear.safetensors"
+
+
+def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    out, evidence = tmp_path / "weights", tmp_path / "evidence"
+    report = ear_release.release(trained, [str(pictures)], [str(pictures)], out, evidence)
+    assert json.loads((evidence / "generation_judged.json").read_text()) == json.loads(
+        json.dumps(report)
+    )
+    tried = report["tried_on_training"]
+    assert len(tried) == 4
+    near = [row for row in tried if row["distance"] <= 1.1 * min(r["distance"] for r in tried)]
+    best = max(row["accuracy"] for row in near)
+    assert any(
+        row["accuracy"] == best and all(row[k] == v for k, v in report["settings"].items())
+        for row in near
+    )
+    model = EnergyAR.from_pretrained(out / "ear.safetensors")
+    assert model.recommended == report["settings"]
+    labels = torch.arange(100) % 10
+    drawn = ear_release.draw(model, 100, ear_release.JUDGED_SEED, **model.recommended)
+    judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
+    hits = judge.hits(judge.look(drawn), labels)
+    assert report["class_accuracy"]["value"] == pytest.approx(float(hits.float().mean()))
+    by_class = report["class_accuracy_by_class"]
+    assert list(by_class) == list(model.config.class_names)
+    real = ear_release.load_real([str(pictures)], 32, judge, "real")
+    assert report["ceiling"]["class_accuracy_originals"]["value"] == float(
+        judge.hits(real.features, real.labels).float().mean()
+    )
+    expected = frechet_distance(judge.look(drawn).numpy(), real.features.numpy())
+    assert report["distance"]["value"] == pytest.approx(expected)
+    statistics = FeatureStatistics.load(out / "imagenette128.safetensors")
+    assert statistics.facts["pictures"] == 30
+    assert report["statistics_error"] < 1e-4 * expected
+    for name in ("neighbours.png", "drawn.png"):
+        assert (evidence / name).exists()
+
+
+def test_other_pictures_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures" / "cats"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    told = [str(trained), "--training", str(folder.parent), "--validation", str(folder.parent)]
+    evidence = tmp_path / "evidence"
+    assert ear_release.main([*told, "--out", str(tmp_path), "--evidence", str(evidence)]) == 2
+    assert "'cats' is not a class folder of Imagenette" in capsys.readouterr().err
+    assert not (tmp_path / "ear.safetensors").exists()
+
+
+def test_heads_share_the_trunk_and_differ_in_the_head(recipe: EARRecipe) -> None:
+    config = recipe.config(("a", "b"), channels=4, side=4)
+    models = {kind: head_comparison.build(kind, config, 0) for kind in head_comparison.HEADS}
+    first = models.pop("energy").transformer.state_dict()
+    for kind, model in models.items():
+        assert type(model.head) is head_comparison.HEADS[kind]
+        for name, value in model.transformer.state_dict().items():
+            assert torch.equal(value, first[name])
+
+
+def test_a_comparison_goes_on_and_gathers_all_heads(
+    recipe: EARRecipe, pictures: Path, tmp_path: Path
+) -> None:
+    paths = [str(pictures)]
+
+    def compare(*heads: str, **changes: Any) -> dict[str, Any]:
+        asked = replace(recipe, **changes)
+        return head_comparison.compare(asked, heads, paths, paths, tmp_path / "out")
+
+    assert list(compare("gaussian")["heads"]) == ["gaussian"]
+    written = (tmp_path / "out" / "gaussian.json").stat().st_mtime_ns
+    found = compare(*head_comparison.HEADS)["heads"]
+    assert list(found) == list(head_comparison.HEADS)
+    assert (tmp_path / "out" / "gaussian.json").stat().st_mtime_ns == written
+    for row in found.values():
+        assert row["steps"] == 3
+        assert row["distance"]["low"] <= row["distance"]["value"] <= row["distance"]["high"]
+        least = min(r["distance"] for r in row["tried_on_training"])
+        chosen = [r for r in row["tried_on_training"] if r["distance"] == least]
+        assert {k: chosen[0][k] for k in row["settings"]} == row["settings"]
+    trunks = {row["parameters"]["trunk"] for row in found.values()}
+    assert len(trunks) == 1
+    with pytest.raises(TrainingError, match="another batch"):
+        compare("gaussian", batch=4)
