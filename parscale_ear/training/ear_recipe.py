@@ -39,6 +39,7 @@ class EARRecipe:
     picture_rate: float = 3e-4  # peak there
     adversarial_weight: float = 0.5  # of the critic's verdict there; 0: no critic
     critic_rate: float = 2e-4  # the critic's own
+    class_weight: float = 0.2  # of a classifier's verdict whether a picture is of its class
     alpha: float = 1.0  # exponent of the energy score
     samples: int = 2  # draws of every token
     train_temperature: float = 1.0  # weight of the draws' distance from each other

@@ -174,7 +174,11 @@ class PicturesTask(EARTask):
         super().__init__(generator, store, validation, recipe, folder, world)
         cache = folder / f"features{world.rank}.safetensors"
         self.score = PictureScore(
-            generator.autoencoder, store.latents[:, 0], store.labels, cache=cache
+            generator.autoencoder,
+            store.latents[:, 0],
+            store.labels,
+            cache=cache,
+            class_weight=recipe.class_weight,
         )
         self.members = [
             torch.nonzero(store.labels == label)[:, 0].numpy()

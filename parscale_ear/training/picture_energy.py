@@ -10,6 +10,10 @@ features is after Santos et al., "Learning Implicit Generative Models by Matchin
 Features" (ICCV 2019), with means and deviations in place of an energy score. Lite0 takes part in
 training, so it must not judge the result.
 
+A linear classifier on Lite0's pooled features, fitted to the real pictures, says beside it whether a
+picture is what it was asked to be, as in Sauer et al., "StyleGAN-XL" (SIGGRAPH 2022). It is no
+energy score; its weight is small.
+
 Real pictures are the autoencoder's reconstructions: the latents tell all. Lite0 sees real and drawn
 ones moved, tinted and with noise, so that no pattern of single pixels counts (as in Zhao et al.,
 "Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020).
@@ -38,6 +42,7 @@ DRAWN_PATCHES, REAL_PATCHES = 256, 768  # a class and step
 MAP_WEIGHT, LAST_WEIGHT = 0.25, 1.0  # of a feature map's moments, and of the last one's
 LATENT_WEIGHT = PATCH_WEIGHT = SMALL_WEIGHT = 1.0
 RANGE_WEIGHT = 2.0  # of what leaves [−1, 1], squared
+CLASSIFIER_STEPS, CLASSIFIER_DECAY = 60, 1e-2  # of fitting the classifier
 PIXEL_NOISE = 0.03  # deviation, on real and drawn: no fine pattern of a few grey levels may count
 SHIFT = 1 / 16  # of the side: by how much a picture is moved at most
 BRIGHTNESS, SATURATION, CONTRAST = 0.1, 0.2, 0.15  # by how much they change at most
@@ -86,6 +91,7 @@ class PictureScore(nn.Module):
         labels: Tensor,
         *,
         cache: Path | None = None,
+        class_weight: float = 0.0,
     ) -> None:
         """Looks at all real pictures once.
 
@@ -95,6 +101,7 @@ class PictureScore(nn.Module):
             labels: (N,), int64.
             cache: file for what was seen, so that a resumed run need not look again; written
                 anew if it is of other latents.
+            class_weight: of the classifier's cross-entropy.
 
         Raises:
             FeatureError: Lite0's packages are missing.
@@ -118,6 +125,11 @@ class PictureScore(nn.Module):
             ]
             for chosen in members
         ]  # a class, a size, a map: (M, D)
+        self.class_weight = class_weight
+        self.classifiers = [
+            _fit_classifier(self._normalised(features, size)[-1], labels.to(self.device))
+            for size, features in enumerate(seen)
+        ]
         self.latents = [latents[chosen].to(self.device) for chosen in members]
         self.small = [self._small_pictures(part) for part in self.latents]
 
@@ -216,10 +228,14 @@ class PictureScore(nn.Module):
             scores["patch"].append(ensemble_score(ours, theirs))
             scores["small"].append(ensemble_score(small[rows], self.small[label]))
         parts = {name: torch.stack(values).mean() for name, values in scores.items()}
+        parts["class"] = F.cross_entropy(
+            _classify(self.classifiers[seen.size], features[-1]), labels
+        )
         parts["range"] = F.relu(seen.pictures.float().abs() - 1).square().mean()
         weights = {
             "maps": MAP_WEIGHT, "last": LAST_WEIGHT, "latent": LATENT_WEIGHT,
             "patch": PATCH_WEIGHT, "small": SMALL_WEIGHT, "range": RANGE_WEIGHT,
+            "class": self.class_weight,
         }  # fmt: skip
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, parts
@@ -233,6 +249,31 @@ def _moments(seen: Seen) -> list[Tensor]:
         deviation = part.var((2, 3), correction=0).clamp_min(1e-6).sqrt()
         found.append(torch.cat((part.mean((2, 3)), deviation), dim=1))
     return found
+
+
+@torch.enable_grad()
+def _fit_classifier(features: Tensor, labels: Tensor) -> Tensor:
+    """Logistic regression: (N, D) normalised features, (N,) → weights (C, D + 1)."""
+    weights = features.new_zeros(int(labels.max()) + 1, features.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=CLASSIFIER_STEPS)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        error = F.cross_entropy(_classify(weights, features), labels)
+        error = error + CLASSIFIER_DECAY * weights.square().sum()
+        torch.autograd.backward(error)
+        return error
+
+    optimizer.step(loss)
+    return weights.detach()
+
+
+def _classify(weights: Tensor, features: Tensor) -> Tensor:
+    """(C, D + 1), (B, D) normalised features → (B, C)."""
+    with torch.autocast(features.device.type, enabled=False):
+        scaled = features * features.shape[1] ** 0.5  # unit variance each
+        logits: Tensor = scaled @ weights[:, :-1].T + weights[:, -1]
+    return logits
 
 
 def _changed(pictures: Tensor, generator: torch.Generator | None) -> Tensor:

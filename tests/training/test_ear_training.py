@@ -241,6 +241,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"picture_rate": 0.0}, "picture_rate"),
         ({"critic_rate": 0.0}, "critic_rate"),
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
+        ({"class_weight": -1.0}, "class_weight"),
         ({"picture_minutes": 1.0}, "either picture_minutes or picture_steps"),
         (
             {"minutes": 0, "steps": None, "start": "x", "streams": (), "picture_steps": 0},

@@ -63,7 +63,7 @@ def test_pictures_of_the_class_score_better_than_others(
 
 
 def test_every_part_reaches_the_latents(score: PictureScore, latents: Tensor) -> None:
-    names = ("maps", "last", "latent", "patch", "small", "range")
+    names = ("maps", "last", "latent", "patch", "small", "class", "range")
     seen = []
     for name in names:
         drawn = (1.5 * latents).requires_grad_()
@@ -122,3 +122,25 @@ def test_lite0_sees_pictures_changed_and_keeps_their_gradient(
     assert drawn.grad.any()
     large = score.look(latents[:2], 1)
     assert large.maps[0].shape[-1] == round(SIZES[1] * 32) // 2
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_the_classifier_knows_the_classes(score: PictureScore, latents: Tensor, size: int) -> None:
+    def of_class(labels: Tensor) -> float:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            _, parts = score(score.look(latents, size, generator), labels, generator)
+        return float(parts["class"])
+
+    assert of_class(LABELS) < 0.2
+    assert of_class(1 - LABELS) > 1
+
+
+def test_the_classifier_counts_by_its_weight(score: PictureScore, latents: Tensor) -> None:
+    weighted = PictureScore(ParScaleEAR.from_pretrained(), latents, LABELS, class_weight=3.0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        _, parts = score(score.look(latents, 0, generator), 1 - LABELS, generator)
+    expected = total(score, latents, 1 - LABELS)
+    found = total(weighted, latents, 1 - LABELS)
+    assert found - expected == pytest.approx(3 * float(parts["class"]), rel=0.2)
