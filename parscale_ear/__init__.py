@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from parscale_ear.autoencoder.model import ParScaleEAR
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.latents import LatentDataset
-    from parscale_ear.generator.ear import EARConfig, EnergyAR
+    from parscale_ear.generator.ear import EnergyAR
+    from parscale_ear.generator.ear_config import EARConfig
     from parscale_ear.generator.streams import ParallelStreams
     from parscale_ear.generator.var import VAR, VARConfig
     from parscale_ear.profiling.latency import benchmark_model_precise
 
 _HOMES = {
     "CheckpointError": "parscale_ear.checkpoint",
-    "EARConfig": "parscale_ear.generator.ear",
+    "EARConfig": "parscale_ear.generator.ear_config",
     "EnergyAR": "parscale_ear.generator.ear",
     "ParScaleEAR": "parscale_ear.autoencoder.model",
     "LatentDataset": "parscale_ear.data.latents",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parscale_ear.generator.ear import EARConfig
+from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.loop import LoopConfig, Optimizer, Precision
 

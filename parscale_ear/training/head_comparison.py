@@ -26,7 +26,8 @@ from torch import nn
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError, grid, save_png
-from parscale_ear.generator.ear import DEFAULT_DECODER, EARConfig, EnergyAR
+from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
+from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.energy import EnergyHead
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.generator.base import Mode
-from parscale_ear.generator.ear import EARConfig, EnergyAR, LatentEvent, find_class
+from parscale_ear.generator.ear import EnergyAR, LatentEvent
+from parscale_ear.generator.ear_config import EARConfig, find_class
 from parscale_ear.generator.streams import ParallelStreams
 
 NAMES = ("tench", "English springer", "golf ball")

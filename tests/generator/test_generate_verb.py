@@ -12,7 +12,8 @@ from tiny_var import lively_streams
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
-from parscale_ear.generator.ear import EARConfig, EnergyAR
+from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.var import VAR
 
 
