@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ from PIL import Image
 
 from parscale_ear.cli import main
 from parscale_ear.data.reference import wheel_photographs
+from parscale_ear.training.ear_recipe import EARRecipe
+from parscale_ear.training.generator_recipe import VARRecipe
+from parscale_ear.training.recipe import Recipe
+from parscale_ear.verbs import train
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +241,19 @@ class TestEvaluate:
         arguments = ["evaluate", "--images", str(photo), "--inception-weights", "nothing"]
         assert main([*arguments, "--features", "inception"]) == 2
         assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        (train.AUTOENCODER, Recipe),
+        (train.VAR, VARRecipe),
+        (train.EAR, EARRecipe),
+    ],
+)
+def test_every_number_of_a_recipe_is_an_option(options: dict[str, str], recipe: type[Any]) -> None:
+    others = {
+        "images", "latents", "validation", "class_names", "minutes", "steps", "start", "precision",
+        "device",
+    }  # fmt: skip
+    assert {field.name for field in fields(recipe)} - others == set(options)
