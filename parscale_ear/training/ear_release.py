@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ REPEATS = 50  # of the bootstrap
 FEW = (64, 256)  # real pictures, whose distance tells how far so few must seem to be
 SHOWN = 3  # pictures of a class beside their nearest training pictures
 EVIDENCE_FILE = "generation_judged.json"
+CARD = "ear.md"
+BEGIN, END = "<!-- figures: written by parscale_ear.training.ear_release -->", "<!-- /figures -->"
 # Imagenette's classes by folder name, and their numbers among ImageNet's.
 IMAGENET = {
     "n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497,
@@ -232,9 +234,11 @@ def release(
         CheckpointError: the weights are missing, damaged or foreign.
         ImageError: no pictures, or of other classes.
         FeatureError: Lite1's packages are missing.
-        ValueError: the generator has other classes than ten.
+        ValueError: the generator has other classes than ten, or the card lacks its marks.
     """
     header = checkpoint.load(weights, kind="EnergyAR")[1]
+    card = (out / CARD).read_text(encoding="utf-8")
+    with_figures(card, None)  # fails now rather than at the end
     model = EnergyAR.from_pretrained(weights)
     if len(model.config.class_names) != len(IMAGENET):
         raise ValueError(f"{weights}: a generator of Imagenette's ten classes is needed")
@@ -274,8 +278,42 @@ def release(
     )
     report["weights_sha256"] = checkpoint.load(out / SHIPPED_FILE)[1]["sha256"]
     checkpoint.write_text(evidence / EVIDENCE_FILE, json.dumps(report, indent=1) + "\n")
+    checkpoint.write_text(out / CARD, with_figures(card, report))
     _show(pictures, training.pictures[which], len(judge.classes), evidence)
     return report
+
+
+def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
+    """The card's text with its figures replaced.
+
+    Raises:
+        ValueError: the card lacks its marks.
+    """
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the model card lacks the marks {BEGIN} and {END}")
+    lines = []
+    if report is not None:
+        ceiling, settings = report["ceiling"], report["settings"]
+        distance = report["distance"]
+        lines = [
+            f"| {report['pictures']:,} pictures against {ceiling['pictures']:,} of "
+            f"{', '.join(report['data'])} | drawn | real, through the autoencoder |",
+            "|---|---|---|",
+            f"| put into their own class of ten | {report['class_accuracy']['value']:.1%} "
+            f"| {ceiling['class_accuracy']['value']:.1%} |",
+            f"| {report['distance_name']} | {distance['value']:.1f} [{distance['low']:.1f}, "
+            f"{distance['high']:.1f}] | {ceiling['distance']:.1f} |",
+            f"| mean distance of two pictures of a class | {report['diversity']:.2f} "
+            f"| {ceiling['diversity']:.2f} |",
+            "",
+            f"Guidance {settings['guidance']:g}, temperature {settings['temperature']:g}, "
+            f"{report['decoder']} decoder, {report['dtype']}, weights rounded to FP16, torch "
+            f"{report['torch']}.",
+            "",
+        ]
+    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}"
 
 
 def _show(pictures: Tensor, neighbours: Tensor, classes: int, folder: Path) -> None:

@@ -103,6 +103,9 @@ def trained(recipe: EARRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out, evidence = tmp_path / "weights", tmp_path / "evidence"
+    out.mkdir()
+    card = f"# Card\n{ear_release.BEGIN}\nold\n{ear_release.END}\nrest\n"
+    (out / "ear.md").write_text(card)
     report = ear_release.release(trained, [str(pictures)], [str(pictures)], out, evidence)
     assert json.loads((evidence / "generation_judged.json").read_text()) == json.loads(
         json.dumps(report)
@@ -133,6 +136,11 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
     statistics = FeatureStatistics.load(out / "imagenette128.safetensors")
     assert statistics.facts["pictures"] == 30
     assert report["statistics_error"] < 1e-4 * expected
+    written = (out / "ear.md").read_text()
+    assert written.startswith("# Card\n")
+    assert written.endswith("\nrest\n")
+    assert "old" not in written
+    assert f"{report['class_accuracy']['value']:.1%}" in written
     for name in ("neighbours.png", "drawn.png"):
         assert (evidence / name).exists()
 
@@ -145,6 +153,9 @@ def test_other_pictures_are_refused(
     Image.new("RGB", (32, 32)).save(folder / "0.png")
     told = [str(trained), "--training", str(folder.parent), "--validation", str(folder.parent)]
     evidence = tmp_path / "evidence"
+    assert ear_release.main([*told, "--out", str(tmp_path), "--evidence", str(evidence)]) == 2
+    assert "ear.md" in capsys.readouterr().err
+    (tmp_path / "ear.md").write_text(f"{ear_release.BEGIN}\n{ear_release.END}")
     assert ear_release.main([*told, "--out", str(tmp_path), "--evidence", str(evidence)]) == 2
     assert "'cats' is not a class folder of Imagenette" in capsys.readouterr().err
     assert not (tmp_path / "ear.safetensors").exists()
