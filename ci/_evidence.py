@@ -13,7 +13,10 @@ FOLDER = ci.ROOT / "docs" / "results"
 TRAINING = FOLDER / "hybrid_training.json"  # of parscale_ear.training.comparison
 STREAMS = FOLDER / "streams_training.json"  # of parscale-ear train var, RUN/streams.json
 TRIALS = FOLDER / "trials.json"
+HEADS = FOLDER / "heads.json"  # of parscale_ear.training.head_comparison
 JUDGED = FOLDER / "generation_judged.json"  # of parscale_ear.training.ear_release
+LEAST_ACCURACY = 0.4  # of drawn pictures in their own class among the ten
+LEAST_APART = 0.9  # of held-out real pictures' distance to the nearest training picture
 VERDICTS = {  # variant → what its difference to the hybrid tells
     "LiteVAE": "LiteVAE alone − hybrid, trained alike",
     "LiteVAE, wider": "as many parameters in wider layers − hybrid, trained alike",
@@ -51,4 +54,51 @@ def training_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
             f"{evidence['steps']:,} steps"
         )
         targets.append(ci.Target(name, status, row["high"], "< 0 dB", why))
+    return targets
+
+
+def judged_targets(evidence: Mapping[str, Any] | None, weights: str) -> list[ci.Target]:
+    """Whether the shipped generator met its bars when it was judged on the validation pictures.
+
+    Args:
+        evidence: what ``ear_release`` wrote.
+        weights: SHA-256 of the weights that ship.
+    """
+    accuracy = "judged pictures put into their own class"
+    apart = "nearest 1 % to a training picture: drawn over held-out real pictures, distance"
+    limits = {accuracy: f"≥ {LEAST_ACCURACY}", apart: f"≥ {LEAST_APART}"}
+    why = ""
+    if evidence is None:
+        why = "no judgement on record"
+    elif evidence["weights_sha256"] != weights:
+        why = "the judgement on record is of other weights"
+    if why or evidence is None:
+        return [ci.skipped(name, why, limit) for name, limit in limits.items()]
+    row, ceiling = evidence["class_accuracy"], evidence["ceiling"]["class_accuracy"]["value"]
+    near = {k: v["q0.01"] for k, v in evidence["nearest_training_picture"].items()}
+    said = (
+        f"{evidence['pictures']:,} pictures, 95 % interval {row['low']:.3f} to {row['high']:.3f}; "
+        f"real ones through the autoencoder {ceiling:.3f}"
+    )
+    return [
+        ci.at_least(accuracy, row["value"], LEAST_ACCURACY, why=said),
+        ci.at_least(apart, near["drawn"] / near["held_out"], LEAST_APART),
+    ]
+
+
+def head_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
+    """Whether the energy head's pictures are nearer to real ones than those of other heads."""
+    targets = []
+    for kind in ("squared-error", "gaussian", "diffusion"):
+        name = f"distance, energy head over {kind} head, trained alike"
+        if evidence is None or {"energy", kind} - set(evidence["heads"]):
+            targets.append(ci.skipped(name, "no controlled training on record", "< 1"))
+            continue
+        ours, theirs = (evidence["heads"][k]["distance"] for k in ("energy", kind))
+        ratio = ours["value"] / theirs["value"]
+        why = (
+            f"{ours['value']:.1f} [{ours['low']:.1f}, {ours['high']:.1f}] and {theirs['value']:.1f} "
+            f"[{theirs['low']:.1f}, {theirs['high']:.1f}]"
+        )
+        targets.append(ci.Target(name, "PASS" if ratio < 1 else "MISSED", ratio, "< 1", why))
     return targets

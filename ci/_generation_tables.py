@@ -69,6 +69,37 @@ NEIGHBOUR_NOTE = (
 NEIGHBOUR_HEAD = ("distance to the nearest training picture", "drawn", "held-out real pictures")
 
 
+HEADS_TITLE = "The energy head beside others, trained alike"
+HEADS_HEAD = ("head", "distance", "in their class", "diversity", "steps", "head parameters")
+
+
+def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Heads of the controlled training."""
+    return [
+        (
+            kind,
+            f"{row['distance']['value']:.1f} [{row['distance']['low']:.1f}, "
+            f"{row['distance']['high']:.1f}]",
+            _share(row["class_accuracy"]),
+            f"{row['diversity']:.2f}",
+            f"{row['steps']:,}",
+            f"{row['parameters']['head']:,}",
+        )
+        for kind, row in evidence["heads"].items()
+    ]
+
+
+def head_text(evidence: Mapping[str, Any]) -> str:
+    """How the heads were compared."""
+    first = next(iter(evidence["heads"].values()))
+    return (
+        f"The same trunk from the same fresh weights, tokens alone, {first['minutes']:.0f} minutes "
+        f"each on {evidence['threads']} thread, batches of {evidence['batch']}, one seed; guidance "
+        f"and temperature chosen for each on the training pictures; {evidence['pictures']:,} "
+        f"pictures, {evidence['distance_name']} to the validation pictures."
+    )
+
+
 def _share(interval: Mapping[str, float]) -> str:
     return f"{interval['value']:.1%} [{interval['low']:.1%}, {interval['high']:.1%}]"
 

@@ -124,6 +124,10 @@ def _readme_streams(figures: Mapping[str, Any]) -> list[str]:
         "",
         _markdown(_stream_tables.scale_head(figures), _stream_tables.scale_rows(figures)),
         "",
+        _stream_tables.trained_note(figures),
+        "",
+        _markdown(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
+        "",
         _markdown(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         "",
         _stream_tables.PROTOTYPE_NOTE,
@@ -147,6 +151,16 @@ def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
             _markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
             "",
             tables.NEIGHBOUR_NOTE,
+            "",
+        ]
+    heads = _evidence.read(_evidence.HEADS)
+    if heads is not None:
+        lines += [
+            f"{tables.HEADS_TITLE}:",
+            "",
+            _markdown(tables.HEADS_HEAD, tables.head_rows(heads)),
+            "",
+            tables.head_text(heads),
             "",
         ]
     return [

@@ -58,6 +58,38 @@ def stream_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+TRAINED_HEAD = (
+    *("", "s", "P calls s", "P·t(1)/t(P)", "cache MiB", "diversity", "of P calls", "pixel cosine"),
+)
+
+
+def trained_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Plain streams of the shipped EnergyAR."""
+    return [
+        (
+            f"P = {row['streams']}",
+            f"{row['median_s']:.3f}",
+            f"{row['sequential_s']:.3f}",
+            f"{row['efficiency']:.2f}",
+            f"{row['cache_bytes'] / 2**20:.2f}",
+            ci.number(row["diversity"]),
+            ci.number(row["diversity_of_calls"]),
+            ci.number(row["pixel_cosine"]),
+        )
+        for row in figures["trained_model"]["cases"]
+    ]
+
+
+def trained_note(figures: Mapping[str, Any]) -> str:
+    """What the table of the trained model shows."""
+    trained = figures["trained_model"]
+    return (
+        f"{trained['model']}, trained, {trained['side']}×{trained['side']}, guidance "
+        f"{trained['settings']['guidance']:g}, FP32: P pictures of one label in one pass, with their "
+        f"decoding; diversity over all {trained['classes']} classes."
+    )
+
+
 def stream_notes(figures: Mapping[str, Any]) -> list[str]:
     """Lines under the table of cases."""
     roof, h100 = figures["roof"], figures["h100_assumed"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from ci import _common as ci
 from parscale_ear.checkpoint import tensor_bytes
 from parscale_ear.data.images import to_uint8
+from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.packing import can_pack
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR, Mode, VARConfig
@@ -138,7 +139,13 @@ def now(device: torch.device) -> float:
 
 
 def run_case(
-    var: VAR, streams: ParallelStreams | int, case: Case, *, label: int, guidance: float, seed: int
+    var: VAR | EnergyAR,
+    streams: ParallelStreams | int,
+    case: Case,
+    *,
+    label: int,
+    guidance: float,
+    seed: int,
 ) -> None:
     """One timed generation; adds to what the case holds."""
     device = var.transformer.positions.device

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ci import _common as ci
+from ci import _evidence
 from ci._generation_tables import CLASS_HEAD, HEAD, class_rows, generation_notes, rows
+from parscale_ear import checkpoint
 from parscale_ear.data.images import to_uint8
-from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.ear import EnergyAR, shipped_generator
 from parscale_ear.metrics.features import EfficientNetLite
 from parscale_ear.metrics.frechet import Gaussian
 from parscale_ear.metrics.generation import (
@@ -32,7 +34,6 @@ from parscale_ear.metrics.generation import (
 )
 from parscale_ear.training.control_heads import DiffusionHead
 
-LEAST_ACCURACY = 0.4  # of the pictures in their own class among the ten
 MOST_PASSES = 8  # of the trunk, a picture
 MOST_HEAD_TIME = 0.2  # of a diffusion head's of the same width
 DIFFUSION_STEPS = 32
@@ -101,7 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(note)
     fields = ci.common_fields(device, torch.float32, arguments.seed)
     said = {"num_samples": count, "batch_size": BATCH, **settings}
-    targets = _targets(figures, quick=arguments.quick)
+    weights = arguments.checkpoint or shipped_generator()
+    targets = [
+        *_targets(figures, quick=arguments.quick),
+        *_evidence.judged_targets(
+            _evidence.read(_evidence.JUDGED), checkpoint.load(weights)[1]["sha256"]
+        ),
+        *_evidence.head_targets(_evidence.read(_evidence.HEADS)),
+    ]
     return ci.finish("M3-2", "generation", arguments, fields, said, figures, targets)
 
 
@@ -116,7 +124,7 @@ def _draw(
     def count(*_: object) -> None:
         calls[0] += 1
 
-    hook = model.transformer.blocks[-1].register_forward_hook(count)
+    hook = model.transformer.layers()[-1].register_forward_hook(count)
     parts = []
     start = time.perf_counter()
     try:
@@ -191,7 +199,7 @@ def _targets(figures: Mapping[str, Any], *, quick: bool) -> list[ci.Target]:
         f"{figures['reference']['ceiling']['class_accuracy']['value']:.2f}"
     )
     return [
-        ci.at_least("pictures put into their own class", accuracy["value"], LEAST_ACCURACY, why=why),
+        ci.at_least("pictures put into their own class", accuracy["value"], _evidence.LEAST_ACCURACY, why=why),
         ci.at_most("passes of the trunk a picture", figures["passes"], MOST_PASSES),
         ci.holds("the same seed gives the same pictures", figures["same_again"]),
         ci.at_least("diversity within a class", figures["diversity"], 1e-6),

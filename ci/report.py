@@ -248,6 +248,8 @@ def _streams(report: Mapping[str, Any]) -> list[str]:
         _figure(
             streams_plot(figures), "Tokens of a generation by scale, and the roof of this machine."
         ),
+        f"<p>{html.escape(_stream_tables.trained_note(figures))}</p>",
+        _table(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
         _table(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         f"<p>{html.escape(_stream_tables.PROTOTYPE_NOTE)}</p>",
         *_worth(),
@@ -276,6 +278,19 @@ def _generation(report: Mapping[str, Any], device: torch.device) -> list[str]:
         f'<p class="note">{html.escape(tables.JUDGED_NOTE)}</p>',
         _table(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
         f"<p>{html.escape(tables.NEIGHBOUR_NOTE)}</p>",
+        *_heads(),
+    ]
+
+
+def _heads() -> list[str]:
+    tables, evidence = _generation_tables, _evidence.read(_evidence.HEADS)
+    title = f"<h3>{tables.HEADS_TITLE}</h3>"
+    if evidence is None:
+        return [title, "<p>SKIPPED: no controlled training of heads on record.</p>"]
+    return [
+        title,
+        _table(tables.HEADS_HEAD, tables.head_rows(evidence)),
+        f"<p>{html.escape(tables.head_text(evidence))}</p>",
     ]
 
 

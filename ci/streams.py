@@ -16,13 +16,17 @@ import numpy as np
 import torch
 
 from ci import _common as ci
+from ci._ear_streams import measure_ear_streams
 from ci._stream_tables import (
     SCALES_TITLE,
+    TRAINED_HEAD,
     scale_head,
     scale_rows,
     stream_head,
     stream_notes,
     stream_rows,
+    trained_note,
+    trained_rows,
 )
 from ci._streams import (
     H100_BYTES_PER_S,
@@ -59,6 +63,7 @@ STREAMS_RATIO = 2.8  # t(4) over the lesser of t(1) and the twin's time / 1.5
 MEMORY_RATIO = 1.5  # whole memory at P = 4 over that at P = 1
 EXPLAINED = 0.2  # by which the peak may differ from what cache and activations explain
 BF16_ERROR = 0.02  # relative, of teacher-forced logits against the FP32 twin's
+STREAM_DIVERSITY = 0.9  # of P independent calls', where chance alone makes some difference
 JUDGED = 4  # streams that the targets speak of
 RANDOM = "random weights: pictures and diversity mean nothing then; time and memory do"
 
@@ -148,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "origin": origin,
         "red_flags": [{"rule": flag.rule, "why": flag.why} for flag in flags],
         "features": extractor.name,
+        "trained_model": measure_ear_streams(counts, runs, device, extractor, arguments.seed),
         **_inception_scores(cases, device),
     }
     _print(figures)
@@ -288,11 +294,15 @@ def _targets(figures: Mapping[str, Any], device: torch.device, quick: bool) -> l
     calls = [set(row["block_calls"]) == {len(row["scale_s"])} for row in rows.values()]
     flags = [f for f in figures["red_flags"] if not (quick and f["rule"] in NOISY_RULES)]
     why = "; ".join(f"{flag['rule']}: {flag['why']}" for flag in flags)[:300]
+    calls += [
+        set(row["block_calls"]) == {row["scales"]} for row in figures["trained_model"]["cases"]
+    ]
     targets = [
         ci.holds("every block runs once a scale, whatever P", all(calls)),
         ci.at_most("logits against the FP32 twin", figures["logits_relative_error"], BF16_ERROR),
         ci.holds("no red flag", not flags, why=why),
         ci.at_most("diversity at P = 1", rows[1, "diverse"]["diversity"], 0),
+        *_trained_targets(figures["trained_model"]["cases"]),
     ]
     several = rows.get((JUDGED, "diverse"))
     names = {
@@ -341,12 +351,23 @@ def _targets(figures: Mapping[str, Any], device: torch.device, quick: bool) -> l
     return targets
 
 
+def _trained_targets(rows: Sequence[Mapping[str, Any]]) -> list[ci.Target]:
+    """Streams of the trained model must differ as much as pictures of calls of their own do."""
+    name = "EnergyAR: diversity of P streams over that of P calls"
+    ratios = [r["diversity"] / r["diversity_of_calls"] for r in rows if r["streams"] > 1]
+    if not ratios:
+        return [ci.skipped(name, "no P above 1 was asked for", f"≥ {STREAM_DIVERSITY}")]
+    return [ci.at_least(name, min(ratios), STREAM_DIVERSITY)]
+
+
 def _print(figures: Mapping[str, Any]) -> None:
     ci.table(stream_head(), stream_rows(figures))
     print(f"\n{SCALES_TITLE}")
     ci.table(scale_head(figures), scale_rows(figures))
     for note in stream_notes(figures):
         print(note)
+    print(f"\n{trained_note(figures)}")
+    ci.table(TRAINED_HEAD, trained_rows(figures))
 
 
 if __name__ == "__main__":

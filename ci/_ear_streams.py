@@ -1,0 +1,75 @@
+"""Parallel streams of the shipped EnergyAR: trained weights, so that diversity means something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ci import _common as ci
+from ci._streams import Case, run_alternately, run_case
+from parscale_ear.data.images import to_uint8
+from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.metrics.diversity import feature_diversity, pixel_cosine
+from parscale_ear.metrics.features import FeatureExtractor
+
+
+def measure_ear_streams(
+    counts: Sequence[int], runs: int, device: torch.device, extractor: FeatureExtractor, seed: int
+) -> dict[str, Any]:
+    """Time and diversity of P plain streams in one pass, beside P calls of one picture.
+
+    Args:
+        counts: numbers of streams; 1 among them.
+        runs: timed rounds.
+        device: where.
+        extractor: of the features that diversity is measured in.
+        seed: of the noise.
+    """
+    model = EnergyAR.from_pretrained(device=device)
+    classes = len(model.config.class_names)
+    guidance = model.recommended["guidance"]
+    cases = [Case(count, "diverse") for count in counts]
+    functions = [
+        lambda c=case: run_case(model, c.streams, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
+        for case in cases
+    ]
+    with ci.progress(len(functions) * (runs + 1), "EnergyAR") as advance:
+        run_alternately(functions, runs, advance)
+    first = float(np.median(cases[0].seconds[1:]))
+    rows = []
+    for case in cases:
+        together = _pictures(model, classes, case.streams, seed)
+        apart = torch.cat([_pictures(model, classes, 1, seed + k) for k in range(case.streams)], 1)
+        median = float(np.median(case.seconds[1:]))
+        rows.append(
+            {
+                "streams": case.streams,
+                "median_s": median,
+                "sequential_s": first * case.streams,
+                "efficiency": case.streams * first / median,
+                "block_calls": list(case.block_calls),
+                "scales": len(model.pyramid.scales),
+                "cache_bytes": model.kv_cache_bytes(streams=case.streams, guidance=guidance > 0),
+                "diversity": feature_diversity(together, extractor),
+                "diversity_of_calls": feature_diversity(apart, extractor),
+                "pixel_cosine": pixel_cosine(together),
+            }
+        )
+    return {
+        "model": f"EnergyAR, {model.parameter_count()['total'] / 1e6:.1f} M parameters",
+        "side": model.config.image_side,
+        "classes": classes,
+        "settings": dict(model.recommended),
+        "cases": rows,
+    }
+
+
+def _pictures(model: EnergyAR, classes: int, streams: int, seed: int) -> Tensor:
+    """P pictures of every class in one call: (classes, P, 3, H, W), 8-bit."""
+    generator = torch.Generator(model.transformer.positions.device).manual_seed(seed)
+    images = model.generate(torch.arange(classes), streams=streams, generator=generator)
+    return to_uint8(images).cpu()
