@@ -16,9 +16,8 @@ A run's folder::
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,8 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import load_squares
 from parscale_ear.training.autoencoder_task import AutoencoderTask
-from parscale_ear.training.distributed import find_world
-from parscale_ear.training.folder import check_claim, split_pictures
+from parscale_ear.training.folder import Claim, split_pictures
 from parscale_ear.training.loop import Run, read_log
-from parscale_ear.training.optimizer import build_optimizer
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.recipe import LOSSES, SHARP_KEEPS, STAGES, START, TRAINED, Recipe
 
@@ -62,10 +59,8 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         ImageError: there are no usable pictures.
         CheckpointError: the weights to start from cannot be used.
     """
-    world = find_world(torch.device(recipe.device))
-    asked = {**json.loads(json.dumps(asdict(recipe))), "processes": world.size}
-    check_claim(asked, out, resume)
-    build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
+    claim = Claim(recipe, out, resume=resume)
+    world = claim.world
     training, validation = split_pictures(recipe.images, recipe.validation)
     pictures = load_squares(validation)
     stages = [stage for stage in STAGES if not (out / f"{stage}.safetensors").exists()]
@@ -81,9 +76,7 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     }
     if "sharp" in stages:
         FeatureLoss()
-    world.wait()
-    if world.rank == 0:
-        checkpoint.write_text(out / "recipe.json", json.dumps(asked, indent=1) + "\n")
+    claim.write()
     for stage in stages:
         side, _ = recipe.crops(stage)
         crops = sources[side]

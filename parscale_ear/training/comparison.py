@@ -34,6 +34,7 @@ from parscale_ear.data.images import ImageError, find_images, from_uint8, load_s
 from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.folder import Claim
 from parscale_ear.training.loop import LoopConfig, Run, TrainingError
 from parscale_ear.training.recipe import Recipe
 
@@ -137,19 +138,6 @@ def train(
     return averaged
 
 
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    """Takes a new folder, or checks that the trainings in it were asked for alike."""
-    path = out / "recipe.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(key for key in asked if asked[key] != found.get(key))
-        if changed:
-            raise TrainingError(
-                f"{out} holds trainings with another {', '.join(changed)}; name a new folder"
-            )
-    checkpoint.write_text(path, json.dumps(asked, indent=1) + "\n")
-
-
 def interval(values: NDArray[np.float64], seed: int = 0) -> dict[str, float]:
     """Mean of (seeds, pictures) and its percentile interval under resampling of both."""
     rng = np.random.default_rng(seed)
@@ -198,11 +186,9 @@ def compare(
     if len(set(seeds)) < 2:
         raise ValueError("at least two different seeds are needed")
     pictures = load_squares(find_images(validation))
-    asked = {
-        **asdict(Recipe(images=tuple(images), minutes=None, steps=steps, **changes)),
-        "variants": {name: asdict(config) for name, config in variants().items()},
-    }
-    _claim(out, json.loads(json.dumps(asked)))
+    asked = Recipe(images=tuple(images), minutes=None, steps=steps, **changes)
+    trained = {name: asdict(config) for name, config in variants().items()}
+    Claim(asked, out, resume=True, variants=trained).write()
     figures: dict[str, dict[str, list[list[float]]]] = {}
     facts: dict[str, Any] = {}
     for seed in seeds:

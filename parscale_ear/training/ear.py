@@ -25,19 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training.distributed import World, find_world
+from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import EARTask, LatentStore, PicturesTask, picture_scores
-from parscale_ear.training.folder import HELD_OUT, check_claim
+from parscale_ear.training.folder import HELD_OUT, Claim
 from parscale_ear.training.loop import Run, TrainingError, read_log
-from parscale_ear.training.optimizer import build_optimizer
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
 
@@ -58,10 +56,8 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             or the latents have no classes, or others than the names given.
         CheckpointError: the latents, or weights to start from, cannot be used.
     """
-    world = find_world(torch.device(recipe.device))
-    asked = {**json.loads(json.dumps(asdict(recipe))), "processes": world.size}
-    check_claim(asked, out, resume)
-    build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
+    claim = Claim(recipe, out, resume=resume)
+    world = claim.world
     if "pictures" in recipe.stages():
         FeatureLoss()  # and now if Lite0 is
     autoencoder = ParScaleEAR.from_pretrained(
@@ -70,9 +66,7 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
     fingerprint = autoencoder.latent_fingerprint()
     training, validation, classes = load_latents(recipe, fingerprint)
     model = _fresh(recipe, training, classes, fingerprint)
-    world.wait()
-    if world.rank == 0:
-        checkpoint.write_text(out / "recipe.json", json.dumps(asked, indent=1) + "\n")
+    claim.write()
     facts = {"latents": len(training), "validation_latents": len(validation)}
     for stage in recipe.stages():
         if (out / f"{stage}.safetensors").exists():

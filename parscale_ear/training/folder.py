@@ -3,40 +3,70 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from parscale_ear import checkpoint
 from parscale_ear.data.images import ImageRef, find_images
+from parscale_ear.training.distributed import World, find_world
 from parscale_ear.training.loop import TrainingError
+from parscale_ear.training.optimizer import build_optimizer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RECIPE_FILE = "recipe.json"
 
 HELD_OUT = 64  # at most so many pictures are held out when none are named for validation
 MOST_VALIDATED = 512  # at most so many of those named are used, evenly spread
 
 
-def check_claim(asked: Mapping[str, Any], out: Path, resume: bool) -> None:
-    """Checks that a folder is free, or holds a run of the same recipe and processes.
+class Claim:
+    """A run's folder, for one recipe and number of processes.
 
-    Args:
-        asked: the recipe as JSON has it, and the number of processes.
-        out: the run's folder.
-        resume: whether to go on with what is there.
-
-    Raises:
-        TrainingError: the folder holds a run and ``resume`` is false, or another recipe's.
+    What is wrong shows when the claim is made; the folder is written to by :meth:`write`, when all
+    else that may be wrong has been looked at, too.
     """
-    path = out / "recipe.json"
-    if not path.exists():
-        return
-    if not resume:
-        raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(k for k in asked if asked[k] != found.get(k))
-    if changed:
-        raise TrainingError(
-            f"{out} holds a run with another {', '.join(changed)}; give the same options to "
-            "resume it, or name a new folder"
-        )
+
+    def __init__(self, recipe: DataclassInstance, out: Path, *, resume: bool, **more: Any) -> None:
+        """Checks that a folder is free, or holds a run of the same recipe.
+
+        Args:
+            recipe: what is asked for; its ``device`` says where.
+            out: the run's folder, the same for all processes.
+            resume: whether to go on with what is there.
+            more: JSON-serialisable facts that must also be the same.
+
+        Raises:
+            TrainingError: the folder holds a run and ``resume`` is false, or another recipe's.
+            ModuleNotFoundError: a package for training is missing.
+        """
+        self.world: World = find_world(torch.device(recipe.device))  # type: ignore[attr-defined]
+        told = {**asdict(recipe), "processes": self.world.size, **more}
+        self.path, self.asked = out / RECIPE_FILE, json.loads(json.dumps(told))
+        build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
+        if not self.path.exists():
+            return
+        if not resume:
+            raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
+        found = json.loads(self.path.read_text(encoding="utf-8"))
+        changed = sorted(k for k in self.asked if self.asked[k] != found.get(k))
+        if changed:
+            raise TrainingError(
+                f"{out} holds a run with another {', '.join(changed)}; give the same options to "
+                "resume it, or name a new folder"
+            )
+
+    def write(self) -> None:
+        """Takes the folder; all processes wait for each other first."""
+        self.world.wait()
+        if self.world.rank == 0:
+            checkpoint.write_text(self.path, json.dumps(self.asked, indent=1) + "\n")
 
 
 def split_pictures(

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parscale_ear import checkpoint
 from parscale_ear.data.images import ImageError, ImageRef
@@ -31,8 +31,8 @@ from parscale_ear.data.reading import read_squares
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
-from parscale_ear.training.distributed import World, find_world
-from parscale_ear.training.folder import check_claim, split_pictures
+from parscale_ear.training.distributed import World
+from parscale_ear.training.folder import Claim, split_pictures
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.generator_tasks import (
     StreamsTask,
@@ -42,7 +42,6 @@ from parscale_ear.training.generator_tasks import (
     token_losses,
 )
 from parscale_ear.training.loop import Run, Task, read_log
-from parscale_ear.training.optimizer import build_optimizer
 from parscale_ear.training.stream_worth import summarise
 
 log = logging.getLogger(__name__)
@@ -66,10 +65,8 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
         ImageError: there are no usable pictures.
         CheckpointError: the weights of an earlier stage cannot be used.
     """
-    world = find_world(torch.device(recipe.device))
-    asked = {**json.loads(json.dumps(asdict(recipe))), "processes": world.size}
-    check_claim(asked, out, resume)
-    build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
+    claim = Claim(recipe, out, resume=resume)
+    world = claim.world
     refs, named = split_pictures(
         recipe.images, recipe.validation, held_out=MOST_VALIDATED, most_validated=MOST_VALIDATED
     )
@@ -77,9 +74,7 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
     pictures, labels = load_labelled(refs, recipe.side, classes)
     validation, validation_labels = load_labelled(named, recipe.side, classes)
     recipe.var_config(len(classes))  # all mistakes show before anything is written
-    world.wait()
-    if world.rank == 0:
-        checkpoint.write_text(out / "recipe.json", json.dumps(asked, indent=1) + "\n")
+    claim.write()
     facts = {
         "classes": classes,
         "pictures": len(pictures),

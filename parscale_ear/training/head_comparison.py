@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from parscale_ear.training.ear_release import (
     load_real,
 )
 from parscale_ear.training.ear_tasks import EARTask, LatentStore
-from parscale_ear.training.folder import check_claim
+from parscale_ear.training.folder import Claim
 from parscale_ear.training.loop import Run, TrainingError
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
@@ -147,9 +146,8 @@ def compare(
         ImageError: no pictures, or of other classes.
         FeatureError: Lite1's packages are missing.
     """
-    asked = json.loads(json.dumps(asdict(recipe)))
-    check_claim(asked, out, resume=True)
-    checkpoint.write_text(out / "recipe.json", json.dumps(asked, indent=1) + "\n")
+    claim = Claim(recipe, out, resume=True)
+    claim.write()
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
     latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
     judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.cli import main
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training import ear_tasks, loop
+from parscale_ear.training import ear_tasks
 from parscale_ear.training.ear import load_latents, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.loop import TrainingError, read_log
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
+
+
+Killed = Callable[[int, Callable[[], object]], None]  # conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +137,10 @@ def test_training_learns_the_classes(recipe: EARRecipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [7, 21, 25])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    recipe: EARRecipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    recipe: EARRecipe, trained: Path, tmp_path: Path, killed_after: Killed, steps: int
 ) -> None:
-    out, left, original = tmp_path / "run", [steps], loop.Run._step
-
-    def step(self: loop.Run) -> Any:
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        figures = original(self)
-        self.progress.step += 1
-        self.save()
-        self.progress.step -= 1
-        return figures
-
-    monkeypatch.setattr(loop.Run, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train_ear(recipe, out)
-    monkeypatch.undo()
+    out = tmp_path / "run"
+    killed_after(steps, lambda: train_ear(recipe, out))
     assert train_ear(recipe, out, resume=True)
     for name in ("ear", "pictures", "streams2"):
         load = EnergyAR.load if name != "streams2" else ParallelStreams.from_pretrained

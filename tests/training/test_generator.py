@@ -7,9 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE, VQVAEConfig
 from parscale_ear.metrics.reconstruction import mean_quality
-from parscale_ear.training import loop
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.generator import load_labelled, train_var
 from parscale_ear.training.generator_recipe import VARRecipe
@@ -36,6 +35,9 @@ from parscale_ear.training.loop import TrainingError, read_log
 from parscale_ear.training.stream_worth import summarise
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
+
+
+Killed = Callable[[int, Callable[[], object]], None]  # conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -141,33 +143,12 @@ def test_training_lowers_the_losses(pictures: Path, recipe: VARRecipe, tmp_path:
     assert after < before - 0.005
 
 
-def run_until(recipe: VARRecipe, out: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Starts a run that stops after so many steps of whatever stages."""
-    left = [steps]
-    original = loop.Run._step
-
-    def step(self: loop.Run) -> Any:
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        figures = original(self)
-        self.progress.step += 1
-        self.save()
-        self.progress.step -= 1
-        return figures
-
-    monkeypatch.setattr(loop.Run, "_step", step)
-    with pytest.raises(KeyboardInterrupt):
-        train_var(recipe, out, resume=True)
-    monkeypatch.undo()
-
-
 @pytest.mark.parametrize("steps", [4, 18, 33])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    recipe: VARRecipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    recipe: VARRecipe, trained: Path, tmp_path: Path, killed_after: Killed, steps: int
 ) -> None:
     out = tmp_path / "run"
-    run_until(recipe, out, monkeypatch, steps)
+    killed_after(steps, lambda: train_var(recipe, out))
     assert train_var(recipe, out, resume=True)
     for name in ("var", "streams2"):
         load = VAR.from_pretrained if name == "var" else ParallelStreams.from_pretrained
