@@ -3,8 +3,8 @@ r"""Turns a finished EnergyAR into weights to ship: FP16, its settings chosen, j
     python -m parscale_ear.training.ear_release RUN/pictures.safetensors \\
         --training TRAIN_DIR_OR_TAR --validation VAL_DIR_OR_TAR --evidence FOLDER
 
-Guidance and temperature are chosen on the training pictures: of all settings whose Fréchet distance
-to them is within ``NEAR`` of the least, the one whose pictures are put into their classes most
+Guidance and temperature are chosen on the training pictures, as the autoencoder restores them: of
+all settings whose Fréchet distance to them is within ``NEAR`` of the least, the one whose pictures are put into their classes most
 often. The validation pictures then judge that one setting once, by an extractor that took no part
 in training. What the pictures of the validation set are to that judge is written as statistics, so
 that distances can be measured where no pictures are.
@@ -26,7 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from parscale_ear import __version__, checkpoint
-from parscale_ear.data.images import ImageError, find_images, grid, load_squares, save_png, to_uint8
+from parscale_ear.data.images import (
+    ImageError,
+    find_images,
+    from_uint8,
+    grid,
+    load_squares,
+    save_png,
+    to_uint8,
+)
 from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
 from parscale_ear.metrics.features import EfficientNetLite, FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
@@ -61,11 +69,11 @@ IMAGENET = {
 
 @dataclass(frozen=True)
 class Real:
-    """Real pictures, and what the judge sees of them."""
+    """Real pictures, and what the judge sees of them once the autoencoder has restored them."""
 
-    pictures: Tensor  # (N, 3, H, W), 8-bit
+    pictures: Tensor  # (N, 3, H, W), 8-bit, as they are
     labels: Tensor  # (N,)
-    features: Tensor  # (N, D)
+    restored: Tensor  # (N, D), features
 
 
 class Judge:
@@ -88,20 +96,30 @@ class Judge:
         return class_hits(self.network.logits(features), labels, self.classes)
 
 
-def load_real(paths: Sequence[str], side: int, judge: Judge, name: str) -> Real:
-    """Reads labelled pictures and looks at them.
+def load_real(paths: Sequence[str], model: EnergyAR, judge: Judge, name: str) -> Real:
+    """Reads labelled pictures, restores them by the generator's autoencoder and looks at those.
 
     Raises:
-        ImageError: there are none, or some have no class folder.
+        ImageError: there are none, or some have no class folder of Imagenette.
     """
     refs = find_images(paths)
     folders = sorted({ref.label for ref in refs})
     if unknown := [folder for folder in folders if folder not in IMAGENET]:
         raise ImageError(f"{name}: {unknown[0]!r} is not a class folder of Imagenette")
     numbers = {folder: k for k, folder in enumerate(sorted(IMAGENET))}
-    pictures = load_squares(refs, side)
+    pictures = load_squares(refs, model.config.image_side)
     labels = torch.tensor([numbers[ref.label] for ref in refs])
-    return Real(pictures, labels, judge.look(pictures, name))
+    return Real(pictures, labels, judge.look(restore(model, pictures), name))
+
+
+@torch.no_grad()
+def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
+    """What the autoencoder makes of real pictures, with the generator's decoder: 8-bit."""
+    parts = []
+    for batch in pictures.split(BATCH):
+        latents = model.autoencoder.encode(from_uint8(batch)).mode()
+        parts.append(to_uint8(model.decode(latents)))
+    return torch.cat(parts)
 
 
 def draw(
@@ -132,7 +150,7 @@ def choose(
         training: the pictures it was trained on.
         near: how many times the least distance is allowed for better classes.
     """
-    law = Gaussian.fit(training.features.numpy())
+    law = Gaussian.fit(training.restored.numpy())
     labels = torch.arange(TRIED) % len(judge.classes)
     tried = []
     settings = list(itertools.product(GUIDANCE, TEMPERATURES))
@@ -152,34 +170,26 @@ def choose(
     return {key: best[key] for key in ("guidance", "temperature")}, tried
 
 
-@torch.no_grad()
-def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
-    """What the autoencoder makes of real pictures, with the generator's decoder: 8-bit."""
-    autoencoder, parts = model.autoencoder, []
-    for batch in pictures.split(BATCH):
-        latents = autoencoder.encode(batch.float() / 127.5 - 1).mode()
-        parts.append(to_uint8(model.decode(latents)))
-    return torch.cat(parts)
-
-
 def judge_model(
     model: EnergyAR, judge: Judge, training: Real, validation: Real, settings: dict[str, float]
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Figures of one setting on the validation pictures; the pictures, and their neighbours."""
+) -> tuple[dict[str, Any], Gaussian, Tensor, Tensor]:
+    """Figures of one setting on the validation pictures.
+
+    Returns:
+        The figures; what the validation pictures are to the judge; the drawn pictures; and which
+        training picture is the nearest to each.
+    """
     pictures = draw(model, JUDGED, JUDGED_SEED, name="pictures to judge", **settings)
     labels = torch.arange(JUDGED) % len(judge.classes)
     features = judge.look(pictures, "judging")
     hits = judge.hits(features, labels)
-    law = Gaussian.fit(validation.features.numpy())
-    seen = features.numpy()
+    originals = judge.look(validation.pictures, "validation, as they are")
+    law, seen, ceiling = Gaussian.fit(originals.numpy()), features.numpy(), validation.restored
     distance = clustered_bootstrap(
         lambda rows: [Gaussian.fit(seen[rows]).distance(law)], range(len(seen)), repeats=REPEATS
     )[0]
-    restored = restore(model, validation.pictures)
-    ceiling = judge.look(restored, "ceiling")
-    restored_training = judge.look(restore(model, training.pictures), "training, restored")
-    apart, which = nearest(features, restored_training)
-    held_out, _ = nearest(ceiling, restored_training)
+    apart, which = nearest(features, training.restored)
+    held_out, _ = nearest(ceiling, training.restored)
     drawn_pairs, _ = nearest(features[::2], features[1::2])
     real_pairs, _ = nearest(ceiling[::2], ceiling[1::2])
     shuffled = torch.randperm(len(ceiling), generator=torch.Generator().manual_seed(JUDGED_SEED))
@@ -194,9 +204,7 @@ def judge_model(
         "ceiling": {
             "pictures": len(validation.labels),
             "class_accuracy": share(judge.hits(ceiling, validation.labels)).as_dict(),
-            "class_accuracy_originals": share(
-                judge.hits(validation.features, validation.labels)
-            ).as_dict(),
+            "class_accuracy_originals": share(judge.hits(originals, validation.labels)).as_dict(),
             "distance": Gaussian.fit(ceiling.numpy()).distance(law),
             "distance_of_few": {
                 str(few): Gaussian.fit(ceiling[shuffled[:few]].numpy()).distance(law) for few in FEW
@@ -210,7 +218,7 @@ def judge_model(
         },
         "nearest_of_its_kind": {"drawn": quantiles(drawn_pairs), "real": quantiles(real_pairs)},
     }
-    return figures, pictures, which
+    return figures, law, pictures, which
 
 
 def release(
@@ -245,16 +253,14 @@ def release(
     model.transformer.half().float()
     model.head.half().float()
     judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
-    side = model.config.image_side
-    training = load_real(training_paths, side, judge, "training")
-    validation = load_real(validation_paths, side, judge, "validation")
+    training = load_real(training_paths, model, judge, "training")
+    validation = load_real(validation_paths, model, judge, "validation")
     settings, tried = choose(model, judge, training)
-    figures, pictures, which = judge_model(model, judge, training, validation, settings)
-    law = Gaussian.fit(validation.features.numpy())
+    figures, law, pictures, which = judge_model(model, judge, training, validation, settings)
     facts = {
         "data": [Path(path).name for path in validation_paths],
         "pictures": len(validation.labels),
-        "side": side,
+        "side": model.config.image_side,
         "ceiling": figures["ceiling"],
     }
     statistics = FeatureStatistics(law, judge.network.name, judge.classes, facts)

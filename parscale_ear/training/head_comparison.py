@@ -106,7 +106,7 @@ def train_head(
     return average.attach(autoencoder).eval(), run
 
 
-def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, validation: Real, out: Path) -> dict[str, Any]:  # fmt: skip
+def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gaussian, out: Path) -> dict[str, Any]:  # fmt: skip
     """Figures of one head; writes a row of pictures a class."""
     settings, tried = choose(model, judge, training, near=1.0)
     pictures = draw(model, JUDGED, JUDGED_SEED, name=kind, **settings)
@@ -114,7 +114,7 @@ def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, validation
     rows = [[pictures[k + len(judge.classes) * n] for n in range(SHOWN)] for k in range(len(judge.classes))]  # fmt: skip
     save_png(grid(rows), out / f"{kind}.png")
     features = judge.look(pictures, kind)
-    law, seen = Gaussian.fit(validation.features.numpy()), features.numpy()
+    seen = features.numpy()
     distance = clustered_bootstrap(
         lambda chosen: [Gaussian.fit(seen[chosen]).distance(law)], range(len(seen)), repeats=REPEATS
     )[0]
@@ -151,18 +151,16 @@ def compare(
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
     latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
     judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
-    real: tuple[Real, Real] | None = None
+    real: tuple[Real, Gaussian] | None = None
     for kind in heads:
         path = out / f"{kind}.json"
         if path.exists():
             continue
         model, run = train_head(kind, recipe, latents, validation, classes, autoencoder, out / kind)
         if real is None:
-            side = model.config.image_side
-            real = (
-                load_real(training_paths, side, judge, "training"),
-                load_real(validation_paths, side, judge, "validation"),
-            )
+            training = load_real(training_paths, model, judge, "training")
+            refs = load_real(validation_paths, model, judge, "validation")
+            real = (training, Gaussian.fit(judge.look(refs.pictures, "validation").numpy()))
         figures = {
             "steps": run.progress.step,
             "minutes": round(run.progress.seconds / 60, 1),

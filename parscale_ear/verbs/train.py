@@ -116,7 +116,7 @@ def _add_autoencoder(models: argparse._SubParsersAction[_LateParser]) -> None:
         "autoencoder ...",
     )
     _add_pictures(model, PICTURES)
-    model.add_argument("--start", type=Path, help="weights to start from instead of fresh ones")
+    _add_start(model)
     model.set_defaults(run=_autoencoder)
 
     def fill() -> None:
@@ -158,7 +158,7 @@ def _add_ear(models: argparse._SubParsersAction[_LateParser]) -> None:
         "--class-names", nargs="+", default=[], metavar="NAME",
         help="what the classes are called, in the order of their folders",
     )  # fmt: skip
-    model.add_argument("--start", type=Path, help="weights to go on from instead of fresh ones")
+    _add_start(model)
     model.set_defaults(run=_ear)
 
     def fill() -> None:
@@ -167,6 +167,15 @@ def _add_ear(models: argparse._SubParsersAction[_LateParser]) -> None:
         _add_common(model, EARRecipe, EAR, "the generator's first stage; 0 with --start: none")
 
     model.fill = fill
+
+
+def _add_start(model: argparse.ArgumentParser) -> None:
+    model.add_argument(
+        "--start",
+        "--initial-weights",  # torchrun takes --start for a beginning of its own options
+        type=Path,
+        help="weights to start from instead of fresh ones (under torchrun: --initial-weights)",
+    )
 
 
 def _add_pictures(model: argparse.ArgumentParser, kinds: str) -> None:

@@ -127,11 +127,14 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
     assert report["class_accuracy"]["value"] == pytest.approx(float(hits.float().mean()))
     by_class = report["class_accuracy_by_class"]
     assert list(by_class) == list(model.config.class_names)
-    real = ear_release.load_real([str(pictures)], 32, judge, "real")
-    assert report["ceiling"]["class_accuracy_originals"]["value"] == float(
-        judge.hits(real.features, real.labels).float().mean()
-    )
-    expected = frechet_distance(judge.look(drawn).numpy(), real.features.numpy())
+    real = ear_release.load_real([str(pictures)], model, judge, "real")
+    originals = judge.look(real.pictures)
+    for name, features in (("_originals", originals), ("", real.restored)):
+        assert report["ceiling"][f"class_accuracy{name}"]["value"] == pytest.approx(
+            float(judge.hits(features, real.labels).float().mean())
+        )
+    assert not torch.equal(originals, real.restored)
+    expected = frechet_distance(judge.look(drawn).numpy(), originals.numpy())
     assert report["distance"]["value"] == pytest.approx(expected)
     statistics = FeatureStatistics.load(out / "imagenette128.safetensors")
     assert statistics.facts["pictures"] == 30
