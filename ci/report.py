@@ -47,6 +47,7 @@ from ci._tables import (
 )
 from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
 from parscale_ear import checkpoint
+from parscale_ear.training.ear_release import NEIGHBOURS_FILE
 
 KEPT = ci.ROOT / "docs" / "results"
 STYLE = """
@@ -75,9 +76,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def build_html(
-    reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], device: torch.device
+    reports: Mapping[str, Mapping[str, Any]],
+    problems: Sequence[str],
+    device: torch.device,
+    neighbours: bytes | None = None,
 ) -> str:
-    """The whole report as one self-contained HTML file."""
+    """The whole report as one self-contained HTML file.
+
+    Args:
+        reports: of the run.
+        problems: why they do not belong together.
+        device: that pictures are drawn on.
+        neighbours: PNG of drawn pictures beside their nearest training pictures, where the
+            training pictures are at hand; they are not ours to pass on.
+    """
     words = {ci.PASSED: "PASS", ci.MISSED: "MISSED", ci.WRONG: "UNUSABLE"}
     verdict = words[judge(reports, problems)]
     parts = [
@@ -122,7 +134,7 @@ def build_html(
     if "streams" in reports:
         parts += _streams(reports["streams"])
     if "generation" in reports:
-        parts += _generation(reports["generation"], device)
+        parts += _generation(reports["generation"], device, neighbours)
     parts += [*_training(), *_trials()]
     parts.append(
         "<h2>How to repeat it</h2><pre>bash ci/run.sh\n"
@@ -256,7 +268,9 @@ def _streams(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _generation(report: Mapping[str, Any], device: torch.device) -> list[str]:
+def _generation(
+    report: Mapping[str, Any], device: torch.device, neighbours: bytes | None
+) -> list[str]:
     figures = report["figures"]
     tables = _generation_tables
     names = ", ".join(figures["class_accuracy_by_class"])
@@ -278,6 +292,10 @@ def _generation(report: Mapping[str, Any], device: torch.device) -> list[str]:
         f'<p class="note">{html.escape(tables.JUDGED_NOTE)}</p>',
         _table(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
         f"<p>{html.escape(tables.NEIGHBOUR_NOTE)}</p>",
+        "<p>SKIPPED: the training pictures are not at hand; parscale_ear.training.ear_release "
+        "--evidence results shows them here.</p>"
+        if neighbours is None
+        else _figure(neighbours, "Drawn pictures, each beside its nearest training picture."),
         *_heads(),
     ]
 
@@ -370,7 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("wrote the figures of README.md and docs/experiments.md")
         if not reports:
             return ci.PASSED
-    page = build_html(reports, problems, ci.resolve_device(arguments.device))
+    path = arguments.results / NEIGHBOURS_FILE
+    neighbours = path.read_bytes() if path.is_file() else None
+    page = build_html(reports, problems, ci.resolve_device(arguments.device), neighbours)
     checkpoint.write_text(arguments.output, page)
     print(f"wrote {arguments.output} ({len(page) / 2**20:.1f} MiB)")
     for problem in problems:

@@ -58,6 +58,7 @@ REPEATS = 50  # of the bootstrap
 FEW = (64, 256)  # real pictures, whose distance tells how far so few must seem to be
 SHOWN = 3  # pictures of a class beside their nearest training pictures
 EVIDENCE_FILE = "generation_judged.json"
+NEIGHBOURS_FILE = "neighbours.png"
 CARD = "ear.md"
 BEGIN, END = "<!-- figures: written by parscale_ear.training.ear_release -->", "<!-- /figures -->"
 # Imagenette's classes by folder name, and their numbers among ImageNet's.
@@ -328,7 +329,7 @@ def _show(pictures: Tensor, neighbours: Tensor, classes: int, folder: Path) -> N
     for label in range(classes):
         numbers = [label + classes * k for k in range(SHOWN)]
         rows.append([part[n] for n in numbers for part in (pictures, neighbours)])
-    save_png(grid(rows), folder / "neighbours.png")
+    save_png(grid(rows), folder / NEIGHBOURS_FILE)
     drawn = [[pictures[label + classes * k] for k in range(10)] for label in range(classes)]
     save_png(grid(drawn), folder / "drawn.png")
 
