@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ci import _evidence
+
+
+def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
+    row = {"value": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
+    return {
+        "weights_sha256": "ours",
+        "pictures": 2000,
+        "class_accuracy": row,
+        "ceiling": {"class_accuracy": {"value": 0.85}},
+        "nearest_training_picture": {"drawn": {"q0.01": drawn}, "held_out": {"q0.01": held_out}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("evidence", "expected"),
+    [
+        (judged(0.41, 5.0, 5.0), ["PASS", "PASS"]),
+        (judged(0.39, 5.0, 5.0), ["MISSED", "PASS"]),
+        (judged(0.9, 0.5, 5.0), ["PASS", "MISSED"]),  # copies of training pictures
+    ],
+)
+def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> None:
+    targets = _evidence.judged_targets(evidence, "ours")
+    assert [target.status for target in targets] == expected
+
+
+@pytest.mark.parametrize(
+    ("evidence", "why"), [(None, "no judgement"), (judged(0.9, 5, 5), "other weights")]
+)
+def test_no_judgement_of_these_weights_is_no_pass(
+    evidence: dict[str, Any] | None, why: str
+) -> None:
+    for target in _evidence.judged_targets(evidence, "theirs"):
+        assert target.status == "SKIPPED"
+        assert why in target.why
+
+
+def test_heads_are_compared_where_both_are_on_record() -> None:
+    def of(value: float) -> dict[str, Any]:
+        return {"distance": {"value": value, "low": value - 1, "high": value + 1}}
+
+    evidence = {"heads": {"energy": of(90), "gaussian": of(100), "diffusion": of(80)}}
+    found = {t.name.split(" over ")[1].split(" ")[0]: t for t in _evidence.head_targets(evidence)}
+    assert {kind: target.status for kind, target in found.items()} == {
+        "squared-error": "SKIPPED", "gaussian": "PASS", "diffusion": "MISSED",
+    }  # fmt: skip
+    assert found["gaussian"].value == pytest.approx(0.9)
+    assert {t.status for t in _evidence.head_targets(None)} == {"SKIPPED"}
