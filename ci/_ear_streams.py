@@ -16,6 +16,8 @@ from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.metrics.diversity import feature_diversity, pixel_cosine
 from parscale_ear.metrics.features import FeatureExtractor
 
+GUIDANCE = (0.0, 1.0, 2.0, 4.0)  # that diversity is measured at, beside the recommended one
+
 
 def measure_ear_streams(
     counts: Sequence[int], runs: int, device: torch.device, extractor: FeatureExtractor, seed: int
@@ -65,11 +67,21 @@ def measure_ear_streams(
         "classes": classes,
         "settings": dict(model.recommended),
         "cases": rows,
+        "diversity_by_guidance": {
+            f"{value:g}": feature_diversity(
+                _pictures(model, classes, counts[-1], seed, value), extractor
+            )
+            for value in (*GUIDANCE, guidance)
+        },
     }
 
 
-def _pictures(model: EnergyAR, classes: int, streams: int, seed: int) -> Tensor:
+def _pictures(
+    model: EnergyAR, classes: int, streams: int, seed: int, guidance: float | None = None
+) -> Tensor:
     """P pictures of every class in one call: (classes, P, 3, H, W), 8-bit."""
     generator = torch.Generator(model.transformer.positions.device).manual_seed(seed)
-    images = model.generate(torch.arange(classes), streams=streams, generator=generator)
+    images = model.generate(
+        torch.arange(classes), guidance=guidance, streams=streams, generator=generator
+    )
     return to_uint8(images).cpu()

@@ -83,10 +83,14 @@ def trained_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def trained_note(figures: Mapping[str, Any]) -> str:
     """What the table of the trained model shows."""
     trained = figures["trained_model"]
+    most = trained["cases"][-1]["streams"]
+    by_guidance = sorted((float(k), v) for k, v in trained["diversity_by_guidance"].items())
+    guided = ", ".join(f"{value:g}: {ci.number(found)}" for value, found in by_guidance)
     return (
         f"{trained['model']}, trained, {trained['side']}×{trained['side']}, guidance "
         f"{trained['settings']['guidance']:g}, FP32: P pictures of one label in one pass, with their "
-        f"decoding; diversity over all {trained['classes']} classes."
+        f"decoding; diversity over all {trained['classes']} classes. At "
+        f"P = {most} by guidance: {guided}."
     )
 
 
