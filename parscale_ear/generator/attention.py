@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from parscale_ear.generator.packing import PackedLinear
 
 HUGE_PAGE = 2 * 2**20  # bytes
-SCORE_BYTES = 3 * 2**18  # of attention scores that a thread works on at a time: what its cache holds
+SCORE_BYTES = (
+    3 * 2**18
+)  # of attention scores that a thread works on at a time: what its cache holds
 MAX_LOG_SCALE = math.log(100)  # limit of a head's learned scale under L2-normalised attention
 
 
