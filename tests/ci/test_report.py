@@ -50,6 +50,15 @@ def test_the_committed_reports_are_of_one_full_run_of_these_weights(
     assert not any(report["quick"] for report in kept.values())
 
 
+def test_neighbours_are_shown_where_they_are_at_hand(kept: dict[str, dict[str, Any]]) -> None:
+    report, device = kept["generation"], torch.device("cpu")
+    without = "".join(ci.report._generation(report, device, None))
+    shown = "".join(ci.report._generation(report, device, b"the picture"))
+    assert "SKIPPED: the training pictures are not at hand" in without
+    assert "SKIPPED: the training pictures are not at hand" not in shown
+    assert ci._figures.data_url(b"the picture") in shown
+
+
 def test_a_readme_without_marks(kept: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(_common.UsageError, match="lacks the marks"):
         ci._readme.with_figures("# README", kept)
@@ -83,7 +92,7 @@ def test_the_page_is_whole_and_self_contained(page: str, kept: dict[str, dict[st
     checker.feed(page)
     assert checker.open_tags == []
     evidence = (ci._evidence.TRAINING, ci._evidence.STREAMS)
-    assert checker.pictures == 5 + sum(path.exists() for path in evidence)
+    assert checker.pictures == 6 + sum(path.exists() for path in evidence)
     assert "something &lt;is&gt; wrong" in page
     assert "UNUSABLE" in page
     for report in kept.values():
