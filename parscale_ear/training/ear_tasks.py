@@ -23,14 +23,14 @@ from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_tasks import EACH_WEIGHT, Stateless, draw
 from parscale_ear.training.picture_critic import PictureCritic
-from parscale_ear.training.picture_energy import PictureScore, Seen
+from parscale_ear.training.picture_energy import SEEN_SEED, PictureScore, Seen
 
 VALIDATION_BATCH = 128
 VALIDATION_SEED = 0  # of the noise, so that figures of different models compare
 PICTURES_SHOWN = 8  # a class
 CLASSES_SHOWN = 10
 GUIDANCE_SHOWN = 2.0
-FITTED = 256  # real pictures that give the scale of what the critic sees
+FITTED = 256  # real pictures, about, that give the scale of what the critic sees
 CRITIC_WARMUP = 300  # steps before the critic's verdict counts in full
 LARGE_EVERY = 4  # steps, of which Lite0 sees one's pictures at its larger size
 
@@ -187,7 +187,9 @@ class PicturesTask(EARTask):
         self.adversary: Adversary | None = None
         if recipe.adversarial_weight:
             critic = PictureCritic(generator.config.channels, self.score.classes)
-            critic.fit(self._judged(self._real(np.arange(min(len(store), FITTED)), None)))
+            spread = np.arange(0, len(store), max(1, len(store) // FITTED))
+            chance = torch.Generator().manual_seed(SEEN_SEED)
+            critic.fit(self._judged(self._real(spread, None, 0, chance)))
             self.adversary = Adversary(
                 critic.to(world.device),
                 recipe.critic_rate,
@@ -231,10 +233,13 @@ class PicturesTask(EARTask):
 
     @torch.no_grad()
     def _real(
-        self, numbers: NDArray[np.int64], rng: np.random.Generator | None, size: int = 0,
-        chance: torch.Generator | None = None,
-    ) -> Seen:  # fmt: skip
-        """Real pictures, half of them mirrored where there is chance."""
+        self,
+        numbers: NDArray[np.int64],
+        rng: np.random.Generator | None,
+        size: int,
+        chance: torch.Generator,
+    ) -> Seen:
+        """Real pictures; ``rng`` mirrors half of them."""
         sides = self.store.latents.shape[1]
         side = np.zeros_like(numbers) if rng is None else rng.integers(sides, size=len(numbers))
         latents = self.store.latents[torch.from_numpy(numbers), torch.from_numpy(side)]

@@ -61,7 +61,7 @@ def ensemble_score(draws: Tensor, observations: Tensor) -> Tensor:
         observations: (M, D).
     """
     count = len(draws)
-    # By a matrix product (in FP32): the gradient of torch.cdist takes ten times as long on a CPU.
+    # By a matrix product, in FP32: the gradient of torch.cdist takes its time on a CPU.
     with torch.autocast(draws.device.type, enabled=False):
         products = draws @ observations.T
     near_squares = draws.square().sum(1, keepdim=True) + observations.square().sum(1) - 2 * products
