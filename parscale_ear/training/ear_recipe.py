@@ -76,10 +76,9 @@ class EARRecipe:
         for name in ("picture_rate", "critic_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not self.adversarial_weight >= 0:
-            raise ValueError(
-                f"adversarial_weight must be at least 0, got {self.adversarial_weight}"
-            )
+        for name in ("adversarial_weight", "class_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.minutes == 0 and self.start is None:
             raise ValueError("without a first stage (minutes = 0) there must be weights to start")
         if self.picture_minutes and self.picture_steps:
