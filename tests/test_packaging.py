@@ -1,6 +1,7 @@
 """The files around the package: checksums, version, and how setup_env.sh fails. No network needed."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import parscale_ear
+from parscale_ear import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,3 +164,9 @@ class TestSetupFailures:
             assert "Traceback" not in done.stdout
             assert not (checkout / ".venv" / "state").exists()
             assert ("replacing .venv (unfinished" in done.stdout) == (attempt == 1)
+
+
+def test_no_header_names_a_path_of_the_machine_that_made_it() -> None:
+    for path in sorted((ROOT / "parscale_ear" / "weights").glob("*.safetensors")):
+        header = checkpoint.load(path)[1]
+        assert not re.search(r'"(/|[A-Za-z]:\\\\|~)[^"]*"', json.dumps(header)), path.name

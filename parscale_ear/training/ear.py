@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import EARTask, LatentStore, PicturesTask, picture_scores
-from parscale_ear.training.folder import HELD_OUT, Claim
+from parscale_ear.training.folder import HELD_OUT, Claim, without_paths
 from parscale_ear.training.loop import Run, TrainingError, read_log
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
@@ -213,7 +212,7 @@ def _run(
     if world.rank == 0:
         told = {
             **facts,
-            "recipe": asdict(recipe),
+            "recipe": without_paths(recipe),
             "steps": run.progress.step,
             "minutes": round(run.progress.seconds / 60, 1),
             "validation": {

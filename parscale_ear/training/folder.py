@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECIPE_FILE = "recipe.json"
+PATHS = ("images", "latents", "validation", "start")  # fields of recipes
 
 HELD_OUT = 64  # at most so many pictures are held out when none are named for validation
 MOST_VALIDATED = 512  # at most so many of those named are used, evenly spread
@@ -67,6 +68,17 @@ class Claim:
         self.world.wait()
         if self.world.rank == 0:
             checkpoint.write_text(self.path, json.dumps(self.asked, indent=1) + "\n")
+
+
+def without_paths(recipe: DataclassInstance) -> dict[str, Any]:
+    """A recipe for the header of weights: of files and folders their names alone."""
+
+    def shown(name: str, value: Any) -> Any:
+        if name not in PATHS or value is None:
+            return value
+        return Path(value).name if isinstance(value, str) else [Path(part).name for part in value]
+
+    return {name: shown(name, value) for name, value in asdict(recipe).items()}
 
 
 def split_pictures(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
 from parscale_ear.training.distributed import World
-from parscale_ear.training.folder import Claim, split_pictures
+from parscale_ear.training.folder import Claim, split_pictures, without_paths
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.generator_tasks import (
     StreamsTask,
@@ -173,7 +172,7 @@ def _run(
     if world.rank == 0:
         told = {
             **facts,
-            "recipe": asdict(recipe),
+            "recipe": without_paths(recipe),
             "steps": run.progress.step,
             "minutes": round(run.progress.seconds / 60, 1),
             "validation": {

@@ -84,6 +84,9 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     model = EnergyAR.from_pretrained(trained / "pictures.safetensors")
     assert first.fingerprint() != model.fingerprint()
     assert model.config.class_names == ("bottom", "top")
+    told = checkpoint.load(trained / "pictures.safetensors")[1]["training"]
+    assert (told["recipe"]["latents"], told["recipe"]["start"]) == ("cache", None)
+    assert "/" not in json.dumps(told)  # no paths of this machine
     streams = ParallelStreams.from_pretrained(
         trained / "streams2.safetensors", backbone=model.fingerprint()
     )
