@@ -20,6 +20,7 @@ from ci._tables import (
 )
 from ci.validate_results import REPORTS, milestone_rows
 from parscale_ear import checkpoint
+from parscale_ear.training.marks import between_marks
 
 README = ci.ROOT / "README.md"
 EXPERIMENTS = ci.ROOT / "docs" / "experiments.md"
@@ -227,7 +228,7 @@ def write_readme(reports: Mapping[str, Mapping[str, Any]]) -> None:
     """Puts the figures between the marks of README.md, the trials between those of the experiments.
 
     Raises:
-        UsageError: the marks are not there.
+        ValueError: the marks are not there.
     """
     readme = with_figures(README.read_text(encoding="utf-8"), reports)
     experiments = with_trials(EXPERIMENTS.read_text(encoding="utf-8"))
@@ -237,7 +238,7 @@ def write_readme(reports: Mapping[str, Mapping[str, Any]]) -> None:
 
 def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
     """A README's text with its figures replaced."""
-    return _between_marks(text, readme_figures(reports), "the README")
+    return between_marks(text, BEGIN, END, readme_figures(reports), "the README")
 
 
 def with_trials(text: str) -> str:
@@ -246,12 +247,5 @@ def with_trials(text: str) -> str:
     if trials is None:
         raise ci.UsageError(f"{_evidence.TRIALS.name} is missing; git checkout it")
     table = _markdown(TRIAL_HEAD, trial_rows(trials))
-    return _between_marks(text, f"{table}\n\n{trials['conditions']}", "docs/experiments.md")
-
-
-def _between_marks(text: str, content: str, name: str) -> str:
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ci.UsageError(f"{name} lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+    content = f"{table}\n\n{trials['conditions']}"
+    return between_marks(text, BEGIN, END, content, "docs/experiments.md")

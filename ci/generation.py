@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,22 @@ from ci import _common as ci
 from ci import _evidence
 from ci._generation_tables import CLASS_HEAD, HEAD, class_rows, generation_notes, rows
 from parscale_ear import checkpoint
-from parscale_ear.data.images import to_uint8
 from parscale_ear.generator.ear import EnergyAR, shipped_generator
-from parscale_ear.metrics.features import EfficientNetLite
 from parscale_ear.metrics.frechet import Gaussian
 from parscale_ear.metrics.generation import (
     STATISTICS_FILE,
     FeatureStatistics,
     class_diversity,
-    class_hits,
     share,
     shipped_statistics,
 )
 from parscale_ear.training.control_heads import DiffusionHead
+from parscale_ear.training.ear_release import BATCH, Judge, draw
 
 MOST_PASSES = 8  # of the trunk, a picture
 MOST_HEAD_TIME = 0.2  # of a diffusion head's of the same width
 DIFFUSION_STEPS = 32
 HEAD_TOKENS = (32, 16)  # pictures and tokens that the heads are timed on
-BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = {"guidance": arguments.guidance, "temperature": arguments.temperature}
     settings = {k: model.recommended[k] if v is None else v for k, v in asked.items()}
     labels = torch.arange(count) % len(names)
-    pictures, seconds, passes = _draw(model, labels, settings, arguments.seed)
-    again, _, _ = _draw(model, labels[:BATCH], settings, arguments.seed)
-    judge = EfficientNetLite(1, device)
-    if judge.name != statistics.extractor:
-        raise ci.UsageError(f"{STATISTICS_FILE} is of {statistics.extractor}, not {judge.name}")
-    with ci.progress(len(pictures), "judging") as advance:
-        features = _look(judge, pictures, advance)
-    hits = class_hits(judge.logits(features), labels, statistics.classes)
+    judge = Judge(statistics.classes, device)
+    extractor = judge.network
+    if extractor.name != statistics.extractor:
+        raise ci.UsageError(f"{STATISTICS_FILE} is of {statistics.extractor}, not {extractor.name}")
+    pictures, seconds, _ = _draw(model, count, settings, arguments.seed)
+    again, _, passes = _draw(model, min(count, BATCH), settings, arguments.seed)  # one batch
+    features = judge.look(pictures, "judging")
+    hits = judge.hits(features, labels)
     figures: dict[str, Any] = {
         "pictures": count,
         "side": model.config.image_side,
@@ -85,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "class_accuracy_by_class": {
             name: float(hits[labels == k].float().mean()) for k, name in enumerate(names)
         },
-        "distance_name": judge.distance,
+        "distance_name": extractor.distance,
         "distance": Gaussian.fit(features.numpy()).distance(statistics.law),
         "diversity": class_diversity(features, labels),
         "reference": dict(statistics.facts),
@@ -114,49 +111,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _draw(
-    model: EnergyAR, labels: Tensor, settings: Mapping[str, float], seed: int
+    model: EnergyAR, count: int, settings: Mapping[str, float], seed: int
 ) -> tuple[Tensor, float, int]:
-    """Pictures, 8-bit; seconds; and passes of the trunk a batch, counted at its last block."""
-    device = model.transformer.positions.device
-    generator = torch.Generator(device).manual_seed(seed)
+    """Pictures, 8-bit, the classes in turn; seconds; calls of the trunk's last block."""
     calls = [0]
 
-    def count(*_: object) -> None:
+    def add(*_: object) -> None:
         calls[0] += 1
 
-    hook = model.transformer.layers()[-1].register_forward_hook(count)
-    parts = []
+    hook = model.transformer.layers()[-1].register_forward_hook(add)
     start = time.perf_counter()
     try:
-        with ci.progress(len(labels), "drawing") as advance:
-            for batch in labels.split(BATCH):
-                images = model.generate(
-                    batch,
-                    guidance=settings["guidance"],
-                    temperature=settings["temperature"],
-                    generator=generator,
-                )
-                parts.append(to_uint8(images).cpu())
-                advance(len(batch))
+        pictures = draw(model, count, seed, name="drawing", **settings)
     finally:
         hook.remove()
-    seconds = time.perf_counter() - start
-    return torch.cat(parts), seconds, calls[0] // len(parts)
-
-
-def _look(judge: EfficientNetLite, pictures: Tensor, advance: Callable[..., Any]) -> Tensor:
-    parts = []
-    for batch in pictures.split(BATCH):
-        parts.append(judge(batch))
-        advance(len(batch))
-    return torch.cat(parts)
+    return pictures, time.perf_counter() - start, calls[0]
 
 
 def _single(model: EnergyAR, settings: Mapping[str, float], seed: int) -> float:
     """Median seconds of one picture alone."""
     times = []
     for _ in range(4):
-        _, seconds, _ = _draw(model, torch.zeros(1, dtype=torch.int64), settings, seed)
+        _, seconds, _ = _draw(model, 1, settings, seed)
         times.append(seconds)
     return float(np.median(times[1:]))  # the first one warms up
 
@@ -165,15 +141,7 @@ def _single(model: EnergyAR, settings: Mapping[str, float], seed: int) -> float:
 def _heads(model: EnergyAR, rounds: int) -> dict[str, float]:
     """Seconds a token of the energy head, and of a diffusion head of its width, taking turns."""
     config, device = model.config, model.transformer.positions.device
-    diffusion = DiffusionHead(
-        config.width,
-        channels=config.channels,
-        levels=model.pyramid.levels,
-        head_width=config.head_width,
-        blocks=config.head_blocks,
-        noise=config.noise_channels,
-        steps=DIFFUSION_STEPS,
-    ).to(device)
+    diffusion = DiffusionHead(**config.head, steps=DIFFUSION_STEPS).to(device)
     level = model.pyramid.levels - 1
     hidden = torch.randn(*HEAD_TOKENS, config.width, device=device)
     times: dict[str, list[float]] = {"energy": [], "diffusion": []}

@@ -67,14 +67,7 @@ class EnergyAR(NextScaleGenerator):
         self.config = config
         self.pyramid = LatentPyramid(config.channels, config.side, config.phases)
         self.transformer = NextScaleTransformer(config.transformer)
-        self.head = EnergyHead(
-            config.width,
-            channels=config.channels,
-            levels=self.pyramid.levels,
-            head_width=config.head_width,
-            blocks=config.head_blocks,
-            noise=config.noise_channels,
-        )
+        self.head = EnergyHead(**config.head)
         head = sum(p.numel() for p in self.head.parameters())
         total = sum(p.numel() for p in self.parameters())
         self._counts = {"transformer": total - head, "head": head, "total": total}

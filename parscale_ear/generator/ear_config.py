@@ -59,6 +59,18 @@ class EARConfig:
         )
 
     @property
+    def head(self) -> dict[str, int]:
+        """The head's part: arguments of :class:`~parscale_ear.generator.energy.EnergyHead`."""
+        return {
+            "width": self.width,
+            "channels": self.channels,
+            "levels": LatentPyramid(self.channels, self.side, self.phases).levels,
+            "head_width": self.head_width,
+            "blocks": self.head_blocks,
+            "noise": self.noise_channels,
+        }
+
+    @property
     def image_side(self) -> int:
         """Side of the pictures, pixels."""
         return STRIDE * self.side

@@ -47,6 +47,7 @@ from parscale_ear.metrics.generation import (
     quantiles,
     share,
 )
+from parscale_ear.training.marks import between_marks
 
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (1.0, 0.9, 0.8)
@@ -80,8 +81,17 @@ class Real:
 class Judge:
     """EfficientNet-Lite1, which takes no part in any training here."""
 
-    def __init__(self, classes: Sequence[int]) -> None:
-        self.network, self.classes = EfficientNetLite(1), tuple(classes)
+    def __init__(self, classes: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """Loads Lite1.
+
+        Args:
+            classes: of ImageNet, in the order of the labels.
+            device: where it looks.
+
+        Raises:
+            FeatureError: its packages are missing.
+        """
+        self.network, self.classes = EfficientNetLite(1, device), tuple(classes)
 
     def look(self, pictures: Tensor, name: str = "") -> Tensor:
         """(N, 3, H, W), 8-bit → (N, D)."""
@@ -128,14 +138,15 @@ def draw(
 ) -> Tensor:
     """(count, 3, H, W), 8-bit; the classes in turn."""
     classes = len(model.config.class_names)
-    generator = torch.Generator().manual_seed(seed)
+    device = model.transformer.positions.device
+    generator = torch.Generator(device).manual_seed(seed)
     parts = []
     with tqdm(total=count, desc=name, leave=False, disable=not name) as bar:
         for batch in (torch.arange(count) % classes).split(BATCH):
             images = model.generate(
                 batch, guidance=guidance, temperature=temperature, generator=generator
             )
-            parts.append(to_uint8(images))
+            parts.append(to_uint8(images).cpu())
             bar.update(len(batch))
     return torch.cat(parts)
 
@@ -296,10 +307,6 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
     Raises:
         ValueError: the card lacks its marks.
     """
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the model card lacks the marks {BEGIN} and {END}")
     lines = []
     if report is not None:
         ceiling, settings = report["ceiling"], report["settings"]
@@ -318,9 +325,8 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
             f"Guidance {settings['guidance']:g}, temperature {settings['temperature']:g}, "
             f"{report['decoder']} decoder, {report['dtype']}, weights rounded to FP16, torch "
             f"{report['torch']}.",
-            "",
         ]
-    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}"
+    return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
 
 
 def _show(pictures: Tensor, neighbours: Tensor, classes: int, folder: Path) -> None:

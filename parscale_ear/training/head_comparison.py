@@ -70,15 +70,7 @@ def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
     torch.manual_seed(seed)
     model = EnergyAR(config)
     if kind != "energy":
-        head = HEADS[kind](
-            config.width,
-            channels=config.channels,
-            levels=model.pyramid.levels,
-            head_width=config.head_width,
-            blocks=config.head_blocks,
-            noise=config.noise_channels,
-        )
-        model.head = head  # type: ignore[assignment]
+        model.head = HEADS[kind](**config.head)  # type: ignore[assignment]
     return model
 
 

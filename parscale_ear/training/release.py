@@ -24,6 +24,7 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import ImageError, find_images, load_squares
 from parscale_ear.metrics.reconstruction import mean_quality
+from parscale_ear.training.marks import between_marks
 from parscale_ear.training.recipe import SHARP_KEEPS
 
 # What each file leaves to hybrid.safetensors, which is whole.
@@ -92,10 +93,6 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
     Raises:
         ValueError: the card lacks its marks.
     """
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the model card lacks the marks {BEGIN} and {END}")
     lines = ["| weights | decoder | PSNR, dB | SSIM |", "|---|---|---|---|"]
     for name, row in facts.items():
         figures = row["validation"]
@@ -134,7 +131,7 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             "",
             f"Autocast {last['precision']}, torch {last['torch']}, seed {last['seed']}.",
         ]
-    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}"
+    return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

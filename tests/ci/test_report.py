@@ -60,7 +60,7 @@ def test_neighbours_are_shown_where_they_are_at_hand(kept: dict[str, dict[str, A
 
 
 def test_a_readme_without_marks(kept: dict[str, dict[str, Any]]) -> None:
-    with pytest.raises(_common.UsageError, match="lacks the marks"):
+    with pytest.raises(ValueError, match="lacks the marks"):
         ci._readme.with_figures("# README", kept)
 
 
