@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -146,6 +147,34 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
     assert f"{report['class_accuracy']['value']:.1%}" in written
     for name in ("neighbours.png", "drawn.png"):
         assert (evidence / name).exists()
+
+
+def test_the_chosen_setting_is_near_and_best_at_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four settings, by number: how far their pictures are, and how often of their class."""
+    real = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    offsets, accuracies = (0.30, 0.31, 0.32, 3.0), (0.5, 0.7, 0.6, 1.0)
+    settings = list(itertools.product((0.0, 2.0), (1.0, 0.5)))
+
+    class Known:
+        classes = tuple(range(10))
+
+        def look(self, pictures: Tensor) -> Tensor:
+            return real[:20] + offsets[int(pictures)]
+
+        def hits(self, features: Tensor, labels: Tensor) -> Tensor:
+            number = int(((features - real[:20])[0, 0] > torch.tensor(offsets) - 1e-3).sum()) - 1
+            return torch.arange(20) < 20 * accuracies[number]
+
+    def drawn(*_: object, guidance: float, temperature: float) -> Tensor:
+        return torch.tensor(settings.index((guidance, temperature)))
+
+    monkeypatch.setattr(ear_release, "draw", drawn)
+    training = ear_release.Real(torch.empty(0), torch.empty(0), real[:20])
+    chosen, tried = ear_release.choose(None, Known(), training, near=1.2)  # type: ignore[arg-type]
+    assert [row["accuracy"] for row in tried] == pytest.approx(accuracies)
+    assert (chosen["guidance"], chosen["temperature"]) == settings[1]
+    nearest, _ = ear_release.choose(None, Known(), training, near=1.0)  # type: ignore[arg-type]
+    assert (nearest["guidance"], nearest["temperature"]) == settings[0]
 
 
 def test_other_pictures_are_refused(

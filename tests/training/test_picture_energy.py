@@ -8,7 +8,17 @@ from torch import Tensor
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
-from parscale_ear.training.picture_energy import SEEN_SEED, SIZES, PictureScore, ensemble_score
+from parscale_ear.training.picture_energy import (
+    BRIGHTNESS,
+    CONTRAST,
+    SATURATION,
+    SEEN_SEED,
+    SHIFT,
+    SIZES,
+    PictureScore,
+    _changed,
+    ensemble_score,
+)
 
 
 def test_ensemble_score_is_the_mean_of_energy_scores() -> None:
@@ -144,3 +154,20 @@ def test_the_classifier_counts_by_its_weight(score: PictureScore, latents: Tenso
     expected = total(score, latents, 1 - LABELS)
     found = total(weighted, latents, 1 - LABELS)
     assert found - expected == pytest.approx(3 * float(parts["class"]), rel=0.2)
+
+
+def test_lite0s_view_moves_pictures_within_bounds_and_tints_them() -> None:
+    pictures = torch.full((40, 3, 32, 32), -0.5)
+    pictures[:, :, 16, 16] = 1.0
+    pictures[:, 0] += 0.2
+    seen = _changed(pictures, torch.Generator().manual_seed(0))
+    brightest = seen.mean(1).flatten(1).argmax(1)
+    rows, columns = brightest // 32 - 16, brightest % 32 - 16
+    for places in (rows, columns):
+        assert int(places.abs().max()) == round(SHIFT * 32)
+        assert len(places.unique()) == 2 * round(SHIFT * 32) + 1
+    means = seen.mean((2, 3))  # (40, 3)
+    assert 0.05 < float(means[:, 1].std()) < BRIGHTNESS
+    tints = means[:, 0] - means[:, 1]  # 0.2 where nothing is changed
+    assert float(tints.std()) > 0.01
+    assert float((tints - 0.2).abs().max()) < 0.2 * (SATURATION + CONTRAST + SATURATION * CONTRAST)
