@@ -1,4 +1,4 @@
-"""The EnergyAR's recipe: a generator on cached latents, then parallel streams on the frozen one.
+"""The EnergyAR's recipe: a generator on cached latents, then parallel streams on it.
 
 The generator's first stage scores tokens, each given the truth before it; the second draws freely
 and scores whole pictures, too.
@@ -10,6 +10,7 @@ A run's folder::
     RUN/ear.safetensors                 the generator, averaged weights
     RUN/pictures.safetensors            the same after the stage that scores whole pictures
     RUN/streamsP.safetensors            P trained streams
+    RUN/earP.safetensors                the generator, if it was trained with them
     RUN/streams.json                    what the streams are worth on the validation latents
 
 Latents are held in memory: 1 GB holds 120,000 of 32×8×8.
@@ -32,7 +33,13 @@ from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_tasks import EARTask, LatentStore, PicturesTask, picture_scores
+from parscale_ear.training.ear_tasks import (
+    EARTask,
+    LatentStore,
+    PicturesTask,
+    StreamedGenerator,
+    picture_scores,
+)
 from parscale_ear.training.folder import HELD_OUT, Claim, without_paths
 from parscale_ear.training.loop import Run, TrainingError, read_log
 from parscale_ear.training.perceptual import FeatureLoss
@@ -74,7 +81,8 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
         if stage == "pictures" and "ear" in recipe.stages():
             model = EnergyAR.load(out / "ear.safetensors").train()
         elif stage.startswith("streams"):
-            model = EnergyAR.load(_generator(recipe, out)).requires_grad_(False)
+            model = EnergyAR.load(_generator(recipe, out)).train(recipe.train_backbone)
+            model.requires_grad_(recipe.train_backbone)
         model = model.to(world.device).attach(autoencoder)
         task = _task(stage, model, training, validation, recipe, out / stage, world)
         if not _run(stage, task, recipe, out, resume, world, facts):
@@ -178,6 +186,11 @@ def _generator(recipe: EARRecipe, out: Path) -> str | Path:
     return recipe.start
 
 
+def _trained_with(count: int, recipe: EARRecipe, out: Path) -> str | Path:
+    """Weights of the generator that P streams are for."""
+    return out / f"ear{count}.safetensors" if recipe.train_backbone else _generator(recipe, out)
+
+
 def _task(
     stage: str, model: EnergyAR, training: LatentStore, validation: LatentStore,
     recipe: EARRecipe, folder: Path, world: World,
@@ -202,7 +215,7 @@ def _run(
     path, backbone = out / f"{stage}.safetensors", None
     if task.streams is not None:
         backbone = task.generator.fingerprint()
-        if task.streams.count == 1:  # nothing to train
+        if task.model is task.streams and task.streams.count == 1:  # nothing to train
             if world.rank == 0:
                 task.streams.save_pretrained(path, backbone=backbone)
             return True
@@ -222,6 +235,11 @@ def _run(
             "release": __version__,
         }
         average = run.average
+        if isinstance(average, StreamedGenerator):
+            average.generator.save_pretrained(
+                _trained_with(average.streams.count, recipe, out), training=told
+            )
+            backbone, average = average.generator.fingerprint(), average.streams
         if isinstance(average, ParallelStreams):
             average.save_pretrained(path, backbone=backbone, training=told)
         else:
@@ -231,22 +249,39 @@ def _run(
     return True
 
 
+def load_streamed(
+    recipe: EARRecipe, out: Path, count: int, device: torch.device
+) -> tuple[EnergyAR, ParallelStreams]:
+    """P trained streams of a finished run and the generator they are for.
+
+    Raises:
+        CheckpointError: one of them is missing, damaged or foreign.
+    """
+    model = EnergyAR.load(_trained_with(count, recipe, out), device=device)
+    streams = ParallelStreams.from_pretrained(
+        out / f"streams{count}.safetensors", backbone=model.fingerprint(), device=device
+    )
+    return model, streams
+
+
 def compare_streams(
     recipe: EARRecipe, out: Path, validation: LatentStore, world: World
 ) -> dict[str, Any]:
     """What P streams are worth: validation energy score by P, and its slope against log₂ P."""
-    model = EnergyAR.load(_generator(recipe, out), device=world.device)
     counts = sorted(set(recipe.streams))
     scores = []
     for count in counts:
-        streams = ParallelStreams.from_pretrained(out / f"streams{count}.safetensors")
-        scores.append(picture_scores(model, validation, streams.to(world.device)).numpy())
+        model, streams = load_streamed(recipe, out, count, world.device)
+        scores.append(picture_scores(model, validation, streams).numpy())
     return {
         "counts": counts,
         "pictures": len(validation),
-        # One stream has nothing to train, so the step to the first trained prefixes is in the
-        # slope over all counts; the other slope leaves it out.
-        "steps": [0 if count == 1 else recipe.stream_steps for count in counts],
+        # On a frozen generator one stream has nothing to train, so the step to the first trained
+        # prefixes is in the slope over all counts; the other slope leaves it out.
+        "steps": [
+            recipe.stream_steps if count > 1 or recipe.train_backbone else 0 for count in counts
+        ],
+        "backbone": "trained with its streams" if recipe.train_backbone else "frozen",
         "batch": recipe.batch,
         "prefix_tokens": recipe.prefix_tokens,
         "model": f"EnergyAR, depth {recipe.depth}, width {recipe.width}",

@@ -22,7 +22,8 @@ class EARRecipe:
     picture_minutes: float = 0.0  # of its second one, with scores of whole pictures, or ...
     picture_steps: int = 0  # ... in steps; both 0: no such stage
     stream_steps: int = 1000  # of each number of streams
-    streams: tuple[int, ...] = (1, 2, 4)  # numbers of streams to train on the frozen generator
+    streams: tuple[int, ...] = (1, 2, 4)  # numbers of streams to train on the generator
+    train_backbone: bool = False  # train the generator with its streams; else it is frozen
     depth: int = 8  # blocks of the trunk
     width: int = 256  # its channels
     heads: int = 4  # its attention heads

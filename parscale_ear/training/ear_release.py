@@ -36,6 +36,7 @@ from parscale_ear.data.images import (
     to_uint8,
 )
 from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
+from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.metrics.features import EfficientNetLite, FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.metrics.generation import (
@@ -134,9 +135,10 @@ def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
 
 
 def draw(
-    model: EnergyAR, count: int, seed: int, guidance: float, temperature: float, name: str = ""
-) -> Tensor:
-    """(count, 3, H, W), 8-bit; the classes in turn."""
+    model: EnergyAR, count: int, seed: int, guidance: float, temperature: float, name: str = "",
+    streams: ParallelStreams | None = None,
+) -> Tensor:  # fmt: skip
+    """(count, 3, H, W), 8-bit; the classes in turn; one picture from all streams."""
     classes = len(model.config.class_names)
     device = model.transformer.positions.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -144,11 +146,21 @@ def draw(
     with tqdm(total=count, desc=name, leave=False, disable=not name) as bar:
         for batch in (torch.arange(count) % classes).split(BATCH):
             images = model.generate(
-                batch, guidance=guidance, temperature=temperature, generator=generator
+                batch,
+                guidance=guidance,
+                temperature=temperature,
+                generator=generator,
+                streams=streams,
+                mode="diverse" if streams is None else "aggregate",
             )
             parts.append(to_uint8(images).cpu())
             bar.update(len(batch))
     return torch.cat(parts)
+
+
+def save_classes(pictures: Tensor, classes: int, path: Path, shown: int = 8) -> None:
+    """Writes the first pictures of :func:`draw` as a grid: a class a row, ``shown`` of each."""
+    save_png(grid([list(pictures[k : shown * classes : classes]) for k in range(classes)]), path)
 
 
 def choose(

@@ -66,6 +66,15 @@ def picture_scores(
     return torch.cat(found)
 
 
+class StreamedGenerator(nn.Module):
+    """A generator and its streams, which are trained together."""
+
+    def __init__(self, generator: EnergyAR, streams: ParallelStreams) -> None:
+        """Holds both."""
+        super().__init__()
+        self.generator, self.streams = generator, streams
+
+
 class EARTask(Stateless):
     """Energy score of all scales' tokens."""
 
@@ -79,15 +88,18 @@ class EARTask(Stateless):
         world: World,
         streams: ParallelStreams | None = None,
     ) -> None:
-        """Sets up a stage: of the generator, or of ``streams`` on the frozen generator."""
+        """Sets up a stage: of the generator, or of ``streams``, with it or on the frozen one."""
         self.generator, self.streams = generator, streams
+        self._model: nn.Module = generator if streams is None else streams
+        if streams is not None and recipe.train_backbone:
+            self._model = StreamedGenerator(generator, streams)
         self.store, self.validation = store, validation
         self.recipe, self.folder, self.world = recipe, folder, world
 
     @property
     def model(self) -> nn.Module:
         """What is trained."""
-        return self.generator if self.streams is None else self.streams
+        return self._model
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean energy score a band."""
@@ -129,18 +141,22 @@ class EARTask(Stateless):
 
     def elementwise(self) -> list[nn.Parameter]:
         """Embeddings, and what stands between tokens and the trunk."""
-        if self.streams is not None:
-            return [] if self.streams.prefix is None else [self.streams.prefix]
+        prefix = None if self.streams is None else self.streams.prefix
+        prefixes = [] if prefix is None else [prefix]
+        if self._model is self.streams:
+            return prefixes
         net, head = self.generator.transformer, self.generator.head
         tables: tuple[nn.Module, ...] = (net.class_embedding, net.levels, net.input)
         own = [p for table in tables for p in table.parameters()]
-        return [net.start, net.positions, *own, *head.elementwise()]
+        return [net.start, net.positions, *own, *head.elementwise(), *prefixes]
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Energy score of the validation latents; writes drawn pictures, a row a class."""
         generator, streams = self.generator, None
         if isinstance(model, ParallelStreams):
             streams = model
+        elif isinstance(model, StreamedGenerator):
+            generator, streams = model.generator, model.streams
         else:
             assert isinstance(model, EnergyAR)
             generator = model

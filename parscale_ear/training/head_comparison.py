@@ -24,7 +24,7 @@ from torch import nn
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import ImageError, grid, save_png
+from parscale_ear.data.images import ImageError
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.energy import EnergyHead
@@ -45,6 +45,7 @@ from parscale_ear.training.ear_release import (
     choose,
     draw,
     load_real,
+    save_classes,
 )
 from parscale_ear.training.ear_tasks import EARTask, LatentStore
 from parscale_ear.training.folder import Claim
@@ -56,7 +57,6 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "gaussian": GaussianHead,
     "diffusion": DiffusionHead,
 }
-SHOWN = 8  # pictures of a class
 
 
 def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
@@ -103,8 +103,7 @@ def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gauss
     settings, tried = choose(model, judge, training, near=1.0)
     pictures = draw(model, JUDGED, JUDGED_SEED, name=kind, **settings)
     labels = torch.arange(JUDGED) % len(judge.classes)
-    rows = [[pictures[k + len(judge.classes) * n] for n in range(SHOWN)] for k in range(len(judge.classes))]  # fmt: skip
-    save_png(grid(rows), out / f"{kind}.png")
+    save_classes(pictures, len(judge.classes), out / f"{kind}.png")
     features = judge.look(pictures, kind)
     seen = features.numpy()
     distance = clustered_bootstrap(

@@ -58,6 +58,7 @@ EAR = {
     "class_weight": "of a classifier's verdict there",
     "stream_steps": "of each number of streams",
     "streams": "numbers of streams to train; none: the generator alone",
+    "train_backbone": "train the generator with its streams instead of freezing it",
     "depth": "blocks of the trunk",
     "width": "its channels",
     "heads": "of its attention",
@@ -150,7 +151,7 @@ def _add_ear(models: argparse._SubParsersAction[_LateParser]) -> None:
         "ear",
         help="an EnergyAR on cached latents, and parallel streams on it",
         description="Trains an EnergyAR on latents that parscale-ear encode wrote (--mirror adds "
-        "mirrored pictures), and P parallel streams on the frozen generator.",
+        "mirrored pictures), and P parallel streams on the generator.",
     )
     model.add_argument("--latents", required=True, metavar="DIR", help="made by encode")
     model.add_argument("--validation", metavar="DIR", help="likewise, to measure on")
@@ -201,6 +202,9 @@ def _add_common(
     for name, text in numbers.items():
         default = defaults[name]
         assert default is not MISSING
+        if isinstance(default, bool):
+            model.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+            continue
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else default
         model.add_argument(

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
-from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.metrics.frechet import frechet_distance
 from parscale_ear.metrics.generation import FeatureStatistics
-from parscale_ear.training import ear_release, head_comparison
-from parscale_ear.training.ear import train_ear
+from parscale_ear.training import ear_release, head_comparison, stream_judging
+from parscale_ear.training.ear import load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_release import IMAGENET
 from parscale_ear.training.loop import TrainingError
@@ -59,9 +60,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("BATCH", 20),
     ):
         monkeypatch.setattr(ear_release, name, value)
-    for module in (ear_release, head_comparison):
+    for module in (ear_release, head_comparison, stream_judging):
         monkeypatch.setattr(module, "JUDGED", 100)
-    monkeypatch.setattr(head_comparison, "REPEATS", 3)
+    for module in (head_comparison, stream_judging):
+        monkeypatch.setattr(module, "REPEATS", 3)
     return
 
 
@@ -227,3 +229,40 @@ def test_a_comparison_goes_on_and_gathers_all_heads(
     assert len(trunks) == 1
     with pytest.raises(TrainingError, match="another batch"):
         compare("gaussian", batch=4)
+
+
+def test_streams_are_judged_by_what_they_draw_together(
+    recipe: EARRecipe, trained: Path, pictures: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, paths = tmp_path / "run", [str(pictures)]
+    words = [str(run), "--training", *paths, "--validation", *paths]
+    assert stream_judging.main(words) == 2
+    assert "recipe.json is missing" in capsys.readouterr().err
+    asked = replace(
+        recipe, start=str(trained), minutes=0, steps=None, streams=(1, 2), stream_steps=3,
+        prefix_tokens=2, train_backbone=True,
+    )  # fmt: skip
+    assert train_ear(asked, run)
+    assert stream_judging.main(words) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == ["P = 1", "P = 2"]
+    result = json.loads((run / "streams_judged.json").read_text())
+    scores = json.loads((run / "streams.json").read_text())
+    assert {key: result[key] for key in scores} == scores
+    model, streams = load_streamed(asked, run, 2, torch.device("cpu"))
+    autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
+    model.attach(autoencoder).eval()
+    judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
+    drawn = ear_release.draw(
+        model, 100, ear_release.JUDGED_SEED, streams=streams, **result["settings"]
+    )
+    originals = judge.look(ear_release.load_real(paths, model, judge, "real").pictures)
+    expected = frechet_distance(judge.look(drawn).numpy(), originals.numpy())
+    first, second = result["judged"]
+    assert second["distance"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert first["distance_minus_first"]["value"] == 0
+    rise = second["distance"]["value"] - first["distance"]["value"]
+    assert second["distance_minus_first"]["value"] == pytest.approx(rise)
+    assert result["distance_slope_per_doubling"]["value"] == pytest.approx(rise)
+    assert (run / "streams2.png").exists()

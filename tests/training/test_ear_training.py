@@ -20,7 +20,7 @@ from parscale_ear.cli import main
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training import ear_tasks
-from parscale_ear.training.ear import load_latents, train_ear
+from parscale_ear.training.ear import load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.loop import TrainingError, read_log
 
@@ -171,6 +171,34 @@ def test_goes_on_from_given_weights(recipe: EARRecipe, trained: Path, tmp_path: 
     assert not (tmp_path / "foreign").exists()
     with pytest.raises(TrainingError, match="another model"):
         train_ear(replace(tiny, depth=2), tmp_path / "deeper")
+
+
+def test_streams_train_with_the_generator_or_on_a_frozen_one(
+    recipe: EARRecipe, trained: Path, tmp_path: Path
+) -> None:
+    start = str(trained / "ear.safetensors")
+    before = EnergyAR.load(start)
+    frozen = replace(recipe, start=start, minutes=0, steps=None, picture_steps=0)
+    for joint in (False, True):
+        out = tmp_path / str(joint)
+        asked = replace(frozen, train_backbone=joint)
+        assert train_ear(asked, out)
+        result = json.loads((out / "streams.json").read_text())
+        assert result["steps"] == ([4, 4] if joint else [0, 4])
+        assert result["backbone"] == ("trained with its streams" if joint else "frozen")
+        for count in (1, 2):
+            model, _ = load_streamed(asked, out, count, torch.device("cpu"))
+            same = [
+                torch.equal(value, model.state_dict()[key])
+                for key, value in before.transformer.state_dict(prefix="transformer.").items()
+            ]
+            assert all(same) != joint
+            if joint:  # the two numbers of streams have generators of their own
+                assert read_log(out / f"streams{count}")[-1]["finished"]
+    with pytest.raises(CheckpointError, match="another backbone"):
+        ParallelStreams.from_pretrained(
+            tmp_path / "True" / "streams2.safetensors", backbone=before.fingerprint()
+        )
 
 
 def test_another_recipe_is_refused(recipe: EARRecipe, trained: Path) -> None:
