@@ -135,7 +135,7 @@ def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
 
 
 def draw(
-    model: EnergyAR, count: int, seed: int, guidance: float, temperature: float, name: str = "",
+    model: EnergyAR, count: int, seed: int, settings: Mapping[str, float], name: str = "",
     streams: ParallelStreams | None = None,
 ) -> Tensor:  # fmt: skip
     """(count, 3, H, W), 8-bit; the classes in turn; one picture from all streams."""
@@ -147,8 +147,8 @@ def draw(
         for batch in (torch.arange(count) % classes).split(BATCH):
             images = model.generate(
                 batch,
-                guidance=guidance,
-                temperature=temperature,
+                guidance=settings["guidance"],
+                temperature=settings["temperature"],
                 generator=generator,
                 streams=streams,
                 mode="diverse" if streams is None else "aggregate",
@@ -179,12 +179,12 @@ def choose(
     tried = []
     settings = list(itertools.product(GUIDANCE, TEMPERATURES))
     for guidance, temperature in tqdm(settings, desc="settings"):
-        pictures = draw(model, TRIED, TRIED_SEED, guidance=guidance, temperature=temperature)
+        setting = {"guidance": guidance, "temperature": temperature}
+        pictures = draw(model, TRIED, TRIED_SEED, setting)
         features = judge.look(pictures)
         tried.append(
             {
-                "guidance": guidance,
-                "temperature": temperature,
+                **setting,
                 "distance": Gaussian.fit(features.numpy()).distance(law),
                 "accuracy": float(judge.hits(features, labels).float().mean()),
             }
@@ -203,7 +203,7 @@ def judge_model(
         The figures; what the validation pictures are to the judge; the drawn pictures; and which
         training picture is the nearest to each.
     """
-    pictures = draw(model, JUDGED, JUDGED_SEED, name="pictures to judge", **settings)
+    pictures = draw(model, JUDGED, JUDGED_SEED, settings, "pictures to judge")
     labels = torch.arange(JUDGED) % len(judge.classes)
     features = judge.look(pictures, "judging")
     hits = judge.hits(features, labels)

@@ -101,7 +101,7 @@ def train_head(
 def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gaussian, out: Path) -> dict[str, Any]:  # fmt: skip
     """Figures of one head; writes a row of pictures a class."""
     settings, tried = choose(model, judge, training, near=1.0)
-    pictures = draw(model, JUDGED, JUDGED_SEED, name=kind, **settings)
+    pictures = draw(model, JUDGED, JUDGED_SEED, settings, kind)
     labels = torch.arange(JUDGED) % len(judge.classes)
     save_classes(pictures, len(judge.classes), out / f"{kind}.png")
     features = judge.look(pictures, kind)

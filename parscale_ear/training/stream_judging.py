@@ -105,7 +105,7 @@ def judge_streams(
             real = load_real(validation_paths, model, judge, "validation")
             law = Gaussian.fit(judge.look(real.pictures, "validation").numpy())
             settings, tried = choose(model, judge, training, near=1.0)
-        pictures = draw(model, JUDGED, JUDGED_SEED, name=f"P = {count}", streams=streams, **settings)  # fmt: skip
+        pictures = draw(model, JUDGED, JUDGED_SEED, settings, f"P = {count}", streams)
         save_classes(pictures, len(judge.classes), run / f"streams{count}.png")
         features = judge.look(pictures)
         seen.append(features.numpy())

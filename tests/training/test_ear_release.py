@@ -124,7 +124,7 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
     model = EnergyAR.from_pretrained(out / "ear.safetensors")
     assert model.recommended == report["settings"]
     labels = torch.arange(100) % 10
-    drawn = ear_release.draw(model, 100, ear_release.JUDGED_SEED, **model.recommended)
+    drawn = ear_release.draw(model, 100, ear_release.JUDGED_SEED, model.recommended)
     judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
     hits = judge.hits(judge.look(drawn), labels)
     assert report["class_accuracy"]["value"] == pytest.approx(float(hits.float().mean()))
@@ -167,8 +167,8 @@ def test_the_chosen_setting_is_near_and_best_at_classes(monkeypatch: pytest.Monk
             number = int(((features - real[:20])[0, 0] > torch.tensor(offsets) - 1e-3).sum()) - 1
             return torch.arange(20) < 20 * accuracies[number]
 
-    def drawn(*_: object, guidance: float, temperature: float) -> Tensor:
-        return torch.tensor(settings.index((guidance, temperature)))
+    def drawn(*arguments: Any) -> Tensor:
+        return torch.tensor(settings.index(tuple(arguments[3].values())))
 
     monkeypatch.setattr(ear_release, "draw", drawn)
     training = ear_release.Real(torch.empty(0), torch.empty(0), real[:20])
@@ -255,7 +255,7 @@ def test_streams_are_judged_by_what_they_draw_together(
     model.attach(autoencoder).eval()
     judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
     drawn = ear_release.draw(
-        model, 100, ear_release.JUDGED_SEED, streams=streams, **result["settings"]
+        model, 100, ear_release.JUDGED_SEED, result["settings"], streams=streams
     )
     originals = judge.look(ear_release.load_real(paths, model, judge, "real").pictures)
     expected = frechet_distance(judge.look(drawn).numpy(), originals.numpy())
