@@ -56,9 +56,15 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def interval(row: Mapping[str, float], digits: int = 3) -> str:
-    """A difference with the ends of its interval: ``+0.012 [-0.003, +0.027]``."""
-    value, low, high = (f"{row[key]:+.{digits}f}" for key in ("value", "low", "high"))
+def interval(row: Mapping[str, float], digits: int = 3, *, sign: str = "+") -> str:
+    """A figure with the ends of its interval: ``+0.012 [-0.003, +0.027]``.
+
+    Args:
+        row: with ``value``, ``low`` and ``high``.
+        digits: behind the point.
+        sign: "+" for a difference, "" for what cannot be below 0.
+    """
+    value, low, high = (f"{row[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 

@@ -13,8 +13,10 @@ from ci import _common as ci
 from ci._streams import Case, run_alternately, run_case
 from parscale_ear.data.images import to_uint8
 from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.metrics.diversity import feature_diversity, pixel_cosine
 from parscale_ear.metrics.features import FeatureExtractor
+from parscale_ear.training.ear_recipe import EARRecipe
 
 GUIDANCE = (0.0, 1.0, 2.0, 4.0)  # that diversity is measured at, beside the recommended one
 
@@ -23,6 +25,8 @@ def measure_ear_streams(
     counts: Sequence[int], runs: int, device: torch.device, extractor: FeatureExtractor, seed: int
 ) -> dict[str, Any]:
     """Time and diversity of P plain streams in one pass, beside P calls of one picture.
+
+    And the time of one picture that P streams draw together.
 
     Args:
         counts: numbers of streams; 1 among them.
@@ -35,9 +39,23 @@ def measure_ear_streams(
     classes = len(model.config.class_names)
     guidance = model.recommended["guidance"]
     cases = [Case(count, "diverse") for count in counts]
+    # One picture from all streams: fresh prefixes, as long as trained ones, take as much time.
+    joined = [Case(count, "aggregate") for count in counts]
+    torch.manual_seed(seed)
+    fresh = [
+        ParallelStreams.fitting(
+            model.config.transformer, case.streams, prefix_tokens=EARRecipe.prefix_tokens
+        )
+        .to(device)
+        .eval()
+        for case in joined
+    ]
     functions = [
-        lambda c=case: run_case(model, c.streams, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
-        for case in cases
+        lambda c=case, s=streams: run_case(model, s, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
+        for case, streams in (
+            *((case, case.streams) for case in cases),
+            *zip(joined, fresh, strict=True),
+        )
     ]
     with ci.progress(len(functions) * (runs + 1), "EnergyAR") as advance:
         run_alternately(functions, runs, advance)
@@ -67,6 +85,19 @@ def measure_ear_streams(
         "classes": classes,
         "settings": dict(model.recommended),
         "cases": rows,
+        "aggregate": [
+            {
+                "streams": case.streams,
+                "median_s": float(np.median(case.seconds[1:])),
+                "cache_bytes": model.kv_cache_bytes(
+                    streams=case.streams,
+                    guidance=guidance > 0,
+                    prefix=streams.prefix_tokens,
+                    mode="aggregate",
+                ),
+            }
+            for case, streams in zip(joined, fresh, strict=True)
+        ],
         "diversity_by_guidance": {
             f"{value:g}": feature_diversity(
                 _pictures(model, classes, counts[-1], seed, value), extractor

@@ -12,6 +12,7 @@ from ci import _common as ci
 FOLDER = ci.ROOT / "docs" / "results"
 TRAINING = FOLDER / "hybrid_training.json"  # of parscale_ear.training.comparison
 STREAMS = FOLDER / "streams_training.json"  # of parscale-ear train var, RUN/streams.json
+EAR_STREAMS = FOLDER / "streams_judged.json"  # of parscale_ear.training.stream_judging
 TRIALS = FOLDER / "trials.json"
 HEADS = FOLDER / "heads.json"  # of parscale_ear.training.head_comparison
 JUDGED = FOLDER / "generation_judged.json"  # of parscale_ear.training.ear_release

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,11 +139,10 @@ def streams_plot(figures: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def worth_plot(evidence: Mapping[str, Any]) -> bytes:
-    """Validation loss less that of one stream against the number of streams, with intervals."""
+def worth_plot(counts: Sequence[int], rows: Sequence[Mapping[str, float]], label: str) -> bytes:
+    """A difference to one stream against the number of streams, with intervals."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     axis = figure.subplots()
-    counts, rows = evidence["counts"], evidence["minus_first"]
     values = [row["value"] for row in rows]
     errors = [
         [row["value"] - row["low"] for row in rows],
@@ -154,7 +153,7 @@ def worth_plot(evidence: Mapping[str, Any]) -> bytes:
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_xlabel("streams")
-    axis.set_ylabel("nats a token")
+    axis.set_ylabel(label)
     return _png(figure)
 
 

@@ -31,11 +31,7 @@ def rows(figures: Mapping[str, Any], ceiling: Mapping[str, Any]) -> list[tuple[s
         if few is not None
         else f"{ceiling['distance']:.1f} ({ceiling['pictures']:,})"
     )
-    said = (
-        f"{distance['value']:.1f} [{distance['low']:.1f}, {distance['high']:.1f}]"
-        if isinstance(distance, Mapping)
-        else f"{distance:.1f}"
-    )
+    said = ci.interval(distance, 1, sign="") if isinstance(distance, Mapping) else f"{distance:.1f}"
     return [
         (
             "put into their own class of ten (chance 10 %)",
@@ -78,8 +74,7 @@ def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             kind,
-            f"{row['distance']['value']:.1f} [{row['distance']['low']:.1f}, "
-            f"{row['distance']['high']:.1f}]",
+            ci.interval(row["distance"], 1, sign=""),
             _share(row["class_accuracy"]),
             f"{row['diversity']:.2f}",
             f"{row['steps']:,}",

@@ -133,7 +133,7 @@ def _readme_streams(figures: Mapping[str, Any]) -> list[str]:
         "",
         _stream_tables.PROTOTYPE_NOTE,
         "",
-        *_readme_worth(),
+        *_readme_worth(figures),
     ]
 
 
@@ -173,18 +173,29 @@ def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _readme_worth() -> list[str]:
+def _readme_worth(figures: Mapping[str, Any]) -> list[str]:
+    tables, lines = _stream_tables, []
     evidence = _evidence.read(_evidence.STREAMS)
-    if evidence is None:
-        return []
-    return [
-        f"**{_stream_tables.WORTH_TITLE}**",
-        "",
-        _markdown(_stream_tables.WORTH_HEAD, _stream_tables.worth_rows(evidence)),
-        "",
-        _stream_tables.worth_text(evidence),
-        "",
-    ]
+    if evidence is not None:
+        lines += [
+            f"**{tables.WORTH_TITLE}**",
+            "",
+            _markdown(tables.WORTH_HEAD, tables.worth_rows(evidence)),
+            "",
+            tables.worth_text(evidence),
+            "",
+        ]
+    evidence = _evidence.read(_evidence.EAR_STREAMS)
+    if evidence is not None:
+        lines += [
+            f"**{tables.EAR_WORTH_TITLE}**",
+            "",
+            _markdown(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures)),
+            "",
+            tables.ear_worth_text(evidence, figures),
+            "",
+        ]
+    return lines
 
 
 def _readme_quality(figures: Mapping[str, Any]) -> list[str]:

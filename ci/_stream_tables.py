@@ -167,6 +167,92 @@ def worth_text(evidence: Mapping[str, Any]) -> str:
     )
 
 
+EAR_WORTH_TITLE = "What P streams that draw one picture together are worth: EnergyAR"
+
+
+def ear_worth_head(evidence: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns of :func:`ear_worth_rows`."""
+    difference = f"minus P = {evidence['counts'][0]}"
+    return (
+        *("streams", "steps of training", "validation energy score", difference),
+        *(evidence["distance_name"], difference, "in their own class", "s a picture", "cache MiB"),
+    )
+
+
+def ear_worth_rows(
+    evidence: Mapping[str, Any], figures: Mapping[str, Any] | None
+) -> list[tuple[str, ...]]:
+    """Score, pictures and cost by number of streams.
+
+    Args:
+        evidence: what the trainings gave.
+        figures: of M2-4, for time and memory; None: not measured in this run.
+    """
+    costs = (
+        {row["streams"]: row for row in figures["trained_model"]["aggregate"]} if figures else {}
+    )
+    rows = []
+    for k, count in enumerate(evidence["counts"]):
+        judged, cost = evidence["judged"][k], costs.get(count)
+        rows.append(
+            (
+                str(count),
+                f"{evidence['steps'][k]:,}",
+                ci.interval(evidence["each"][k], 4, sign=""),
+                ci.interval(evidence["minus_first"][k], 4) if k else "",
+                ci.interval(judged["distance"], 1, sign=""),
+                ci.interval(judged["distance_minus_first"], 1) if k else "",
+                f"{judged['class_accuracy']['value']:.1%}",
+                f"{cost['median_s']:.3f}" if cost else "",
+                f"{cost['cache_bytes'] / 2**20:.2f}" if cost else "",
+            )
+        )
+    return rows
+
+
+def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
+    """How the streams were trained, the slopes, and the verdict."""
+    settings = evidence["settings"]
+    return (
+        f"{evidence['model']} ({evidence['parameters']['total'] / 1e6:.1f} M parameters), the "
+        f"generator {evidence['backbone']}, from the same weights, each number of streams for as "
+        f"many steps of {evidence['batch']} latents; {evidence['prefix_tokens']} prefix tokens a "
+        f"layer and stream, one seed. Energy score of {evidence['pictures']:,} validation latents; "
+        f"{evidence['judged_pictures']:,} pictures drawn at guidance {settings['guidance']:g}, "
+        f"temperature {settings['temperature']:g} (the same for all, chosen on training pictures) "
+        f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
+        f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
+        f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, bootstrap "
+        f"over pictures. {_ear_verdict(evidence, figures)}"
+    )
+
+
+def _ear_verdict(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
+    """What the most streams buy, and what they cost."""
+
+    def told(row: Mapping[str, float], name: str, digits: int) -> str:
+        if row["high"] < 0:
+            word = "lower"
+        elif row["low"] > 0:
+            word = "higher"
+        else:
+            return f"{name} is the same within its interval"
+        return f"{name} is {word} by {abs(row['value']):.{digits}f}"
+
+    most = evidence["counts"][-1]
+    found = (
+        f"Verdict: with P = {most} the {told(evidence['minus_first'][-1], 'energy score', 4)} and "
+        f"the {told(evidence['judged'][-1]['distance_minus_first'], evidence['distance_name'], 1)}"
+    )
+    if figures is None:
+        return f"{found}; what it costs was not measured in this run."
+    costs = {row["streams"]: row for row in figures["trained_model"]["aggregate"]}
+    if most not in costs or 1 not in costs:
+        return f"{found}; what it costs was not measured in this run."
+    time, memory = (costs[most][key] / costs[1][key] for key in ("median_s", "cache_bytes"))
+    return f"{found}; a picture takes {time:.1f} times the time and {memory:.1f} times the cache."
+
+
 def _inception_line(figures: Mapping[str, Any]) -> str:
     scores, why = figures["inception_score"], figures["inception_why"]
     if scores is None:

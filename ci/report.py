@@ -264,7 +264,7 @@ def _streams(report: Mapping[str, Any]) -> list[str]:
         _table(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
         _table(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         f"<p>{html.escape(_stream_tables.PROTOTYPE_NOTE)}</p>",
-        *_worth(),
+        *_worth(figures),
     ]
 
 
@@ -312,16 +312,38 @@ def _heads() -> list[str]:
     ]
 
 
-def _worth() -> list[str]:
+def _worth(figures: Mapping[str, Any]) -> list[str]:
+    tables, skipped = _stream_tables, "<p>SKIPPED: no training of streams on record.</p>"
+    parts = [f"<h3>{tables.WORTH_TITLE}</h3>"]
     evidence = _evidence.read(_evidence.STREAMS)
-    title = f"<h3>{_stream_tables.WORTH_TITLE}</h3>"
     if evidence is None:
-        return [title, "<p>SKIPPED: no training of streams on record.</p>"]
+        parts.append(skipped)
+    else:
+        parts += [
+            _table(tables.WORTH_HEAD, tables.worth_rows(evidence)),
+            f"<p>{html.escape(tables.worth_text(evidence))}</p>",
+            _figure(
+                worth_plot(evidence["counts"], evidence["minus_first"], "nats a token"),
+                "Validation loss less that of one stream; below 0: better.",
+            ),
+        ]
+    parts.append(f"<h3>{tables.EAR_WORTH_TITLE}</h3>")
+    evidence = _evidence.read(_evidence.EAR_STREAMS)
+    if evidence is None:
+        return [*parts, skipped]
+    distances = [row["distance_minus_first"] for row in evidence["judged"]]
     return [
-        title,
-        _table(_stream_tables.WORTH_HEAD, _stream_tables.worth_rows(evidence)),
-        f"<p>{html.escape(_stream_tables.worth_text(evidence))}</p>",
-        _figure(worth_plot(evidence), "Validation loss less that of one stream; below 0: better."),
+        *parts,
+        _table(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures)),
+        f"<p>{html.escape(tables.ear_worth_text(evidence, figures))}</p>",
+        _figure(
+            worth_plot(evidence["counts"], evidence["minus_first"], "energy score"),
+            "Validation energy score less that of one stream; below 0: better.",
+        ),
+        _figure(
+            worth_plot(evidence["counts"], distances, evidence["distance_name"]),
+            "Distance to the validation pictures less that of one stream; below 0: better.",
+        ),
     ]
 
 

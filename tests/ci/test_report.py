@@ -92,7 +92,8 @@ def test_the_page_is_whole_and_self_contained(page: str, kept: dict[str, dict[st
     checker.feed(page)
     assert checker.open_tags == []
     evidence = (ci._evidence.TRAINING, ci._evidence.STREAMS)
-    assert checker.pictures == 6 + sum(path.exists() for path in evidence)
+    drawn_together = 2 * ci._evidence.EAR_STREAMS.exists()
+    assert checker.pictures == 6 + sum(path.exists() for path in evidence) + drawn_together
     assert "something &lt;is&gt; wrong" in page
     assert "UNUSABLE" in page
     for report in kept.values():
@@ -115,6 +116,49 @@ def test_what_streams_are_worth() -> None:
     text = _stream_tables.worth_text(evidence)
     assert "4.5 M parameters" in text
     assert "over all: +3.0000 [+2.9000, +3.1000]." in text
+
+
+def _row(value: float, off: float) -> dict[str, float]:
+    return {"value": value, "low": value - off, "high": value + off}
+
+
+@pytest.mark.parametrize(
+    ("score", "distance", "words"),
+    [
+        (-0.1, -3.0, "the energy score is lower by 0.1000 and the FD-x is lower by 3.0"),
+        (0.1, 3.0, "the energy score is higher by 0.1000 and the FD-x is higher by 3.0"),
+        (-0.01, 1.0, "energy score is the same within its interval and the FD-x is the same"),
+    ],
+)
+def test_the_verdict_on_streams_is_what_the_intervals_say(
+    score: float, distance: float, words: str
+) -> None:
+    evidence = {
+        "counts": [1, 2], "steps": [500, 500], "each": [_row(8, 0.1), _row(8 + score, 0.1)],
+        "minus_first": [_row(0, 0), _row(score, 0.05)], "slope_per_doubling": _row(score, 0.05),
+        "distance_slope_per_doubling": _row(distance, 2), "distance_name": "FD-x", "judge": "X",
+        "judged": [
+            {"distance": _row(90 + d, 2), "distance_minus_first": _row(d, 2),
+             "class_accuracy": _row(0.5, 0)} for d in (0, distance)
+        ],
+        "model": "EnergyAR", "parameters": {"total": 6_700_000}, "backbone": "frozen", "batch": 64,
+        "prefix_tokens": 16, "pictures": 100, "judged_pictures": 2000,
+        "settings": {"guidance": 1.0, "temperature": 0.9},
+    }  # fmt: skip
+    costs = [
+        {"streams": 1, "median_s": 0.05, "cache_bytes": 2**20},
+        {"streams": 2, "median_s": 0.075, "cache_bytes": 3 * 2**20},
+    ]
+    figures = {"trained_model": {"aggregate": costs}}
+    text = _stream_tables.ear_worth_text(evidence, figures)
+    assert words in text
+    assert "1.5 times the time and 3.0 times the cache" in text
+    assert "was not measured in this run" in _stream_tables.ear_worth_text(evidence, None)
+    first, second = _stream_tables.ear_worth_rows(evidence, figures)
+    assert (first[3], first[5]) == ("", "")
+    assert second[4] == f"{90 + distance:.1f} [{88 + distance:.1f}, {92 + distance:.1f}]"
+    assert second[-2:] == ("0.075", "3.00")
+    assert len(second) == len(_stream_tables.ear_worth_head(evidence))
 
 
 def test_the_grid_shows_originals_and_their_differences(tmp_path: Path) -> None:
