@@ -11,7 +11,6 @@ picture; their intervals come from resampling pictures and seeds together.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +29,13 @@ from parscale_ear.autoencoder.hybrid import HybridConfig
 from parscale_ear.autoencoder.litevae import LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops
-from parscale_ear.data.images import ImageError, find_images, from_uint8, load_squares, to_uint8
+from parscale_ear.data.images import find_images, from_uint8, load_squares, to_uint8
 from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.folder import Claim
 from parscale_ear.training.loop import LoopConfig, Run, TrainingError
+from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import Recipe
 
 NOISE = (0.1, 0.2)  # σ of noise on the normalised latent
@@ -222,9 +222,8 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--images", nargs="+", required=True, metavar="DIR_OR_TAR")
-    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    parser = new_parser(__doc__)
+    add_pictures(parser, "--images", "--validation")
     parser.add_argument("--steps", type=int, default=3000, help="of every training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch", type=int, default=16, help="crops a step")
@@ -234,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latent-noise", type=float, default=0.0)
     parser.add_argument("--out", type=Path, required=True, help="the trainings' folder")
     arguments = parser.parse_args(argv)
-    try:
-        result = compare(
+    result = attempt(
+        "comparison",
+        lambda: compare(
             arguments.images,
             arguments.validation,
             arguments.steps,
@@ -246,17 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision=arguments.precision,
             learning_rate=arguments.learning_rate,
             latent_noise=arguments.latent_noise,
-        )
-    except (
-        checkpoint.CheckpointError,
-        ImageError,
-        ModuleNotFoundError,
-        TrainingError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        return 2
+        ),
+    )
+    if result is None:
+        return FAILED
     checkpoint.write_text(arguments.out / "comparison.json", json.dumps(result, indent=1) + "\n")
     for name, by_condition in result["variants"].items():
         cells = [f"{k} {v['psnr_db']['value']:.3f}" for k, v in by_condition.items()]

@@ -12,7 +12,6 @@ that distances can be measured where no pictures are.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -37,7 +36,7 @@ from parscale_ear.data.images import (
 )
 from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.metrics.features import EfficientNetLite, FeatureError
+from parscale_ear.metrics.features import EfficientNetLite
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.metrics.generation import (
     STATISTICS_FILE,
@@ -49,6 +48,7 @@ from parscale_ear.metrics.generation import (
     share,
 )
 from parscale_ear.training.marks import between_marks
+from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
 GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (1.0, 0.9, 0.8)
@@ -354,24 +354,24 @@ def _show(pictures: Tensor, neighbours: Tensor, classes: int, folder: Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("weights", type=Path, help="RUN/pictures.safetensors")
-    parser.add_argument("--training", nargs="+", required=True, metavar="DIR_OR_TAR")
-    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    add_pictures(parser, "--training", "--validation")
     parser.add_argument("--out", type=Path, default=Path("parscale_ear/weights"))
     parser.add_argument("--evidence", type=Path, required=True, help="folder for the figures")
     arguments = parser.parse_args(argv)
-    try:
-        report = release(
+    report = attempt(
+        "ear_release",
+        lambda: release(
             arguments.weights,
             arguments.training,
             arguments.validation,
             arguments.out,
             arguments.evidence,
-        )
-    except (checkpoint.CheckpointError, ImageError, FeatureError, ValueError, OSError) as error:
-        print(f"ear_release: {error}", file=sys.stderr)
-        return 2
+        ),
+    )
+    if report is None:
+        return FAILED
     print(json.dumps({k: report[k] for k in ("settings", "class_accuracy", "distance", "ceiling")}))
     return 0
 

@@ -12,7 +12,6 @@ with different ``--heads`` and one ``--out`` may run side by side; the last one 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -24,11 +23,9 @@ from torch import nn
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import ImageError
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.energy import EnergyHead
-from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.metrics.generation import class_diversity, share
 from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, SquaredErrorHead
@@ -50,6 +47,7 @@ from parscale_ear.training.ear_release import (
 from parscale_ear.training.ear_tasks import EARTask, LatentStore
 from parscale_ear.training.folder import Claim
 from parscale_ear.training.loop import Run, TrainingError
+from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "energy": EnergyHead,
@@ -179,11 +177,10 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--latents", required=True, help="folder of parscale-ear encode")
     parser.add_argument("--validation-latents", required=True, help="the same to log on")
-    parser.add_argument("--training", nargs="+", required=True, metavar="DIR_OR_TAR")
-    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    add_pictures(parser, "--training", "--validation")
     parser.add_argument("--heads", nargs="+", choices=tuple(HEADS), default=tuple(HEADS))
     parser.add_argument("--minutes", type=float, default=45.0, help="of every training")
     parser.add_argument("--depth", type=int, default=6)
@@ -192,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the trainings' folder")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> dict[str, Any]:
         recipe = EARRecipe(
             latents=arguments.latents,
             validation=arguments.validation_latents,
@@ -203,20 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             streams=(),
         )
-        result = compare(
+        return compare(
             recipe, arguments.heads, arguments.training, arguments.validation, arguments.out
         )
-    except (
-        checkpoint.CheckpointError,
-        FeatureError,
-        ImageError,
-        ModuleNotFoundError,
-        TrainingError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"head_comparison: {error}", file=sys.stderr)
-        return 2
+
+    result = attempt("head_comparison", work)
+    if result is None:
+        return FAILED
     checkpoint.write_text(arguments.out / "heads.json", json.dumps(result, indent=1) + "\n")
     for kind, row in result["heads"].items():
         distance, accuracy = row["distance"], row["class_accuracy"]

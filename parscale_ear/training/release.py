@@ -9,7 +9,6 @@ and SSIM a picture, then the mean.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
-from parscale_ear.data.images import ImageError, find_images, load_squares
+from parscale_ear.data.images import find_images, load_squares
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.marks import between_marks
+from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import SHARP_KEEPS
 
 # What each file leaves to hybrid.safetensors, which is whole.
@@ -136,16 +136,14 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    add_pictures(parser, "--validation")
     parser.add_argument("--out", type=Path, default=Path("parscale_ear/weights"))
     arguments = parser.parse_args(argv)
-    try:
-        facts = release(arguments.run, arguments.validation, arguments.out)
-    except (checkpoint.CheckpointError, ImageError, ValueError, OSError) as error:
-        print(f"release: {error}", file=sys.stderr)
-        return 2
+    facts = attempt("release", lambda: release(arguments.run, arguments.validation, arguments.out))
+    if facts is None:
+        return FAILED
     for variant, row in facts.items():
         figures = row["validation"]
         print(f"{variant}: {figures['psnr_db']} dB, SSIM {figures['ssim']}")

@@ -11,7 +11,6 @@ and are the same for all P. EfficientNet-Lite1, which took no part in the traini
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,9 +22,7 @@ import torch
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import ImageError
 from parscale_ear.generator.ear import DEFAULT_DECODER
-from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.metrics.generation import class_diversity, share
 from parscale_ear.training.ear import load_streamed
@@ -43,6 +40,7 @@ from parscale_ear.training.ear_release import (
 )
 from parscale_ear.training.folder import RECIPE_FILE
 from parscale_ear.training.loop import TrainingError
+from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
 SCORES_FILE, JUDGED_FILE = "streams.json", "streams_judged.json"
 
@@ -143,23 +141,16 @@ def judge_streams(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of parscale-ear train ear --streams ...")
-    parser.add_argument("--training", nargs="+", required=True, metavar="DIR_OR_TAR")
-    parser.add_argument("--validation", nargs="+", required=True, metavar="DIR_OR_TAR")
+    add_pictures(parser, "--training", "--validation")
     arguments = parser.parse_args(argv)
-    try:
-        result = judge_streams(arguments.run, arguments.training, arguments.validation)
-    except (
-        checkpoint.CheckpointError,
-        FeatureError,
-        ImageError,
-        TrainingError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"stream_judging: {error}", file=sys.stderr)
-        return 2
+    result = attempt(
+        "stream_judging",
+        lambda: judge_streams(arguments.run, arguments.training, arguments.validation),
+    )
+    if result is None:
+        return FAILED
     checkpoint.write_text(arguments.run / JUDGED_FILE, json.dumps(result, indent=1) + "\n")
     for count, score, row in zip(result["counts"], result["each"], result["judged"], strict=True):
         distance = row["distance"]
