@@ -287,6 +287,35 @@ class NextScaleGenerator(nn.Module):
         unconditional = batch * (1 if mode == "aggregate" else streams) if guidance else 0
         return batch * streams + unconditional
 
+    def head_flops(self, scale: int) -> int:
+        """FLOPs of the head a token at a scale (0 is the first)."""
+        raise NotImplementedError
+
+    def flops(
+        self,
+        batch: int = 1,
+        *,
+        guidance: bool = True,
+        streams: int = 1,
+        prefix: int = 0,
+        mode: Mode = "diverse",
+    ) -> list[int]:
+        """FLOPs of transformer and head at every scale (a multiply-add counts two).
+
+        Args:
+            batch: different labels.
+            guidance: whether unconditional rows run too.
+            streams: P.
+            prefix: tokens of a stream's prefix.
+            mode: in aggregate mode the head runs once for all streams.
+        """
+        rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
+        counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
+        pictures = batch * (1 if mode == "aggregate" else streams)
+        for scale, tokens in enumerate(self.transformer.config.counts):
+            counts[scale] += pictures * tokens * self.head_flops(scale)
+        return counts
+
     def kv_cache_bytes(
         self,
         batch: int = 1,

@@ -331,30 +331,9 @@ class EnergyAR(NextScaleGenerator):
         """Parameters of ``transformer``, ``head``, and their ``total``."""
         return dict(self._counts)
 
-    def flops(
-        self,
-        batch: int = 1,
-        *,
-        guidance: bool = True,
-        streams: int = 1,
-        prefix: int = 0,
-        mode: Mode = "diverse",
-    ) -> list[int]:
-        """FLOPs of transformer and head at every scale (a multiply-add counts two).
-
-        Args:
-            batch: different labels.
-            guidance: whether unconditional rows run too.
-            streams: P.
-            prefix: tokens of a stream's prefix.
-            mode: in aggregate mode the head runs once for all streams.
-        """
-        rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
-        counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
-        pictures = batch * (1 if mode == "aggregate" else streams)
-        for number, scale in enumerate(self.pyramid.scales):
-            counts[number] += pictures * len(scale.cells) * self.head.flops(scale.level)
-        return counts
+    def head_flops(self, scale: int) -> int:
+        """FLOPs of the head a token at a scale."""
+        return self.head.flops(self.pyramid.scales[scale].level)
 
     def set_dtype(self, dtype: torch.dtype) -> EnergyAR:
         """Casts transformer and head, in place; the pyramid stays in FP32."""

@@ -341,31 +341,9 @@ class VAR(NextScaleGenerator):
         """Parameters of ``vqvae``, ``transformer`` (head included), and their ``total``."""
         return dict(self._counts)  # a packed model has parameters no longer
 
-    def flops(
-        self,
-        batch: int = 1,
-        *,
-        guidance: bool = True,
-        streams: int = 1,
-        prefix: int = 0,
-        mode: Mode = "diverse",
-    ) -> list[int]:
-        """FLOPs of transformer and head at every scale (a multiply-add counts two).
-
-        Args:
-            batch: different labels.
-            guidance: whether unconditional rows run too.
-            streams: P.
-            prefix: tokens of a stream's prefix.
-            mode: in aggregate mode the head runs once for all streams.
-        """
-        config = self.config.transformer
-        rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
-        counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
-        heads = batch * (1 if mode == "aggregate" else streams)
-        for scale, tokens in enumerate(config.counts):
-            counts[scale] += 2 * heads * tokens * config.width * self.config.vqvae.vocabulary
-        return counts
+    def head_flops(self, scale: int) -> int:
+        """FLOPs of the head a token, the same at every ``scale``."""
+        return 2 * self.config.transformer.width * self.config.vqvae.vocabulary
 
     def generation_bytes(
         self,
