@@ -234,6 +234,7 @@ class NextScaleGenerator(nn.Module):
         maps: Tensor,
         streams: ParallelStreams | None = None,
         *,
+        shared: Tensor | None = None,
         each: bool = False,
     ) -> Tensor:
         """What goes into the head at all scales when everything before is known (training).
@@ -242,6 +243,7 @@ class NextScaleGenerator(nn.Module):
             labels: (B,), int64 in 0..classes; ``classes`` for none.
             maps: (B, L − T₀, I), the inputs of all scales but the first.
             streams: join the streams' last hidden states (aggregate); None: the plain model.
+            shared: (B, C), added to all of a picture's embedded tokens; None: nothing.
             each: also return every stream's own, (B, 1 + P, L, C): the joined ones first.
 
         Returns:
@@ -258,6 +260,8 @@ class NextScaleGenerator(nn.Module):
             prefix = streams.prefixes(len(labels) * count)
         condition = transformer.condition(labels.repeat_interleave(count))
         x = transformer.teacher_input(maps.repeat_interleave(count, dim=0), condition)
+        if shared is not None:
+            x = x + shared.repeat_interleave(count, dim=0)[:, None]
         length = 0 if prefix is None or streams is None else streams.prefix_tokens
         mask = transformer.block_causal_mask(x.device, length)
         hidden = transformer(x, condition, mask=mask, prefixes=prefix)  # (B · P, L, C)

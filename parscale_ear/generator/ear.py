@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import Decoder
@@ -30,7 +30,7 @@ from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.generator.attention import Cache, GrowingCache
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator, Rows
 from parscale_ear.generator.ear_config import EARConfig, find_class
-from parscale_ear.generator.energy import EnergyHead
+from parscale_ear.generator.energy import EnergyHead, uniform_noise
 from parscale_ear.generator.pyramid import LatentPyramid
 from parscale_ear.generator.sampling import check_guidance, check_temperature
 from parscale_ear.generator.streams import ParallelStreams
@@ -68,6 +68,10 @@ class EnergyAR(NextScaleGenerator):
         self.pyramid = LatentPyramid(config.channels, config.side, config.phases)
         self.transformer = NextScaleTransformer(config.transformer)
         self.head = EnergyHead(**config.head)
+        self.layout: nn.Linear | None = None
+        if config.layout_channels:
+            self.layout = nn.Linear(config.layout_channels, config.width, bias=False)
+            nn.init.zeros_(self.layout.weight)  # trained weights may go on with it
         head = sum(p.numel() for p in self.head.parameters())
         total = sum(p.numel() for p in self.parameters())
         self._counts = {"transformer": total - head, "head": head, "total": total}
@@ -165,7 +169,10 @@ class EnergyAR(NextScaleGenerator):
         with torch.autocast(latents.device.type, enabled=False):
             maps = self.pyramid.teacher_input(latents, input_noise, generator)  # (B, L − 1, I)
             tokens = self.pyramid.encode(latents)
-        states = self.teach(labels, maps, streams, each=each)  # (B, L, C) or (B, 1 + P, L, C)
+        shared = self._layouts(latents.shape[0], 1.0, generator)
+        states = self.teach(
+            labels, maps, streams, shared=shared, each=each
+        )  # (B, L, C) or (B, 1 + P, L, C)
         if each:
             tokens = [part[:, None].expand(-1, states.shape[1], -1, -1) for part in tokens]
         parts = states.split(self.pyramid.counts, dim=-2)
@@ -186,6 +193,20 @@ class EnergyAR(NextScaleGenerator):
         return found
 
     # --- generation ---
+
+    def _layouts(
+        self, pictures: int, temperature: float, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """(pictures, C), what all tokens of a picture share.
+
+        The tokens of one pass are drawn independently of each other, given what the trunk says of
+        them; through this they can agree on what is in the picture.
+        """
+        if self.layout is None:
+            return None
+        shape = (pictures, self.layout.in_features)
+        noise = uniform_noise(shape, self.layout.weight, generator)
+        return self.layout(temperature * noise)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate_latents(
@@ -239,11 +260,14 @@ class EnergyAR(NextScaleGenerator):
         """The scales, one after the other."""
         transformer, pyramid = self.transformer, self.pyramid
         condition = transformer.condition(rows.labels)
+        shared = self._layouts(rows.pictures, temperature, generator)
         scales, canvas = len(pyramid.scales), None
         for number, scale in enumerate(pyramid.scales):
             # (R, T, I)
             maps = None if canvas is None else rows.spread(pyramid.inputs(canvas, number))
             x = transformer.embed(number, maps, condition)  # (R, T, C)
+            if shared is not None:
+                x = x + rows.spread(shared)[:, None]
             hidden = transformer(x, condition, cache=cache)
             states = rows.settle(transformer, hidden, condition, number / max(1, scales - 1))
             tokens = self.head.draw(
@@ -336,9 +360,11 @@ class EnergyAR(NextScaleGenerator):
         return self.head.flops(self.pyramid.scales[scale].level)
 
     def set_dtype(self, dtype: torch.dtype) -> EnergyAR:
-        """Casts transformer and head, in place; the pyramid stays in FP32."""
+        """Casts all but the pyramid, in place; that stays in FP32."""
         self.transformer.to(dtype)
         self.head.to(dtype)
+        if self.layout is not None:
+            self.layout.to(dtype)
         return self
 
     # --- in and out ---

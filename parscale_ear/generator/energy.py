@@ -62,6 +62,13 @@ def _distance(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     return squares.clamp_min(1e-12) ** (alpha / 2)
 
 
+def uniform_noise(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Noise that is uniform in [−½, ½], in the dtype and on the device of ``like``."""
+    return (torch.rand(*shape, generator=generator, device=like.device) - 0.5).to(like.dtype)
+
+
 def split_bands(
     tokens: Tensor, channels: int, level: int
 ) -> list[tuple[int, Tensor | None, Tensor]]:
@@ -144,9 +151,8 @@ class EnergyHead(nn.Module):
     def draw_noise(
         self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """(*shape, N), uniform in [−½, ½], in the dtype and on the device of ``like``."""
-        noise = torch.rand(*shape, self.noise_channels, generator=generator, device=like.device)
-        return (noise - 0.5).to(like.dtype)
+        """(*shape, N), in the dtype and on the device of ``like``."""
+        return uniform_noise((*shape, self.noise_channels), like, generator)
 
     def band(
         self,

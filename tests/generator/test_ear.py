@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,29 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def model() -> EnergyAR:
+def build(config: EARConfig) -> EnergyAR:
     """Fresh weights, made lively: labels, context and noise all show in what is drawn."""
     torch.manual_seed(0)
-    model = EnergyAR(CONFIG).eval()
+    model = EnergyAR(config).eval()
     model.pyramid.fit(torch.randn(64, 4, 8, 8, generator=seeded()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4 if "embedding" in name or name.endswith("start") else 1.5)
+        if model.layout is not None:
+            model.layout.weight.normal_(generator=seeded())
     return model
+
+
+@pytest.fixture
+def model() -> EnergyAR:
+    return build(CONFIG)
+
+
+@pytest.fixture
+def laid_out() -> EnergyAR:
+    """With noise that all tokens of a picture share."""
+    return build(replace(CONFIG, layout_channels=6))
 
 
 def lively(model: EnergyAR, count: int) -> ParallelStreams:
@@ -220,6 +233,53 @@ def test_every_streams_own_scores(model: EnergyAR) -> None:
     assert not streams.prefix.grad[:, :, 1].any()  # the first stream's own, alone
 
 
+def test_a_layout_that_says_nothing_changes_nothing(model: EnergyAR) -> None:
+    grown = EnergyAR(replace(CONFIG, layout_channels=6)).eval()
+    assert grown.load_state_dict(model.state_dict(), strict=False).missing_keys == ["layout.weight"]
+    plain, same = (m.generate_latents([0], temperature=0, guidance=2) for m in (model, grown))
+    assert torch.equal(plain, same)
+
+
+def test_a_layout_is_one_for_all_tokens_and_rows_of_a_picture(laid_out: EnergyAR) -> None:
+    seen: list[torch.Tensor] = []
+    assert laid_out.layout is not None
+    laid_out.layout.register_forward_hook(lambda *found: seen.append(found[2]))
+    hidden: list[torch.Tensor] = []
+    laid_out.head.hidden.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0]))
+    latents = laid_out.generate_latents([0, 2], guidance=0, generator=seeded())
+    assert [tuple(part.shape) for part in seen] == [(2, 32)]  # once a generation
+    drawn = torch.cat([hidden[0], *hidden[1::3]], dim=1)
+    labels, maps = torch.tensor([0, 2]), laid_out.pyramid.teacher_input(latents)
+    taught = laid_out.teach(labels, maps, shared=seen[0])
+    torch.testing.assert_close(drawn, taught, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(drawn, laid_out.teach(labels, maps), atol=1e-2)
+    # Where "no label" says what the label says, guidance moves nothing: both rows share it.
+    embedding = laid_out.transformer.class_embedding.weight
+    with torch.no_grad():
+        embedding[-1] = embedding[0]
+    plain, guided = (
+        laid_out.generate_latents([0], guidance=g, generator=seeded()) for g in (0.0, 3.0)
+    )
+    torch.testing.assert_close(plain, guided, atol=1e-3, rtol=1e-3)
+
+
+def test_streams_have_a_layout_each_and_one_together(laid_out: EnergyAR) -> None:
+    seen: list[int] = []
+    assert laid_out.layout is not None
+    laid_out.layout.register_forward_hook(lambda *found: seen.append(len(found[2])))
+    laid_out.generate_latents([0, 1], streams=3, generator=seeded())
+    laid_out.generate_latents(
+        [0, 1], streams=lively(laid_out, 3), mode="aggregate", generator=seeded()
+    )
+    assert seen == [6, 2]
+    scores = laid_out.scores(
+        torch.tensor([0, 1]), torch.randn(2, 4, 8, 8), lively(laid_out, 3), generator=seeded()
+    )
+    torch.cat([part.flatten() for part in scores]).mean().backward()
+    assert laid_out.layout.weight.grad is not None
+    assert laid_out.layout.weight.grad.any()
+
+
 def test_damaged_weights(model: EnergyAR) -> None:
     with torch.no_grad():
         model.head.out[0].weight.fill_(torch.nan)
@@ -242,7 +302,7 @@ def test_class_names() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("side", 12), ("phases", 3), ("head_width", 0), ("class_names", ()), ("class_names", ("a", "a")),
+    [("side", 12), ("phases", 3), ("head_width", 0), ("layout_channels", -1), ("class_names", ()), ("class_names", ("a", "a")),
      ("heads", 3)],
 )  # fmt: skip
 def test_bad_config(field: str, value: object) -> None:
@@ -310,7 +370,9 @@ def test_foreign_files(tmp_path: Path) -> None:
         EnergyAR.load(path)
 
 
-def test_draws_with_gradient_are_the_plain_draws(model: EnergyAR) -> None:
+@pytest.mark.parametrize("channels", [0, 6])
+def test_draws_with_gradient_are_the_plain_draws(channels: int) -> None:
+    model = build(replace(CONFIG, layout_channels=channels))
     plain = model.generate_latents([0, 2], guidance=0, generator=seeded())
     taped = model.draw_with_gradient(torch.tensor([0, 2]), generator=seeded())
     torch.testing.assert_close(taped.detach(), plain, atol=1e-5, rtol=1e-5)

@@ -159,6 +159,11 @@ def test_goes_on_from_given_weights(recipe: EARRecipe, trained: Path, tmp_path: 
     before, after = (EnergyAR.load(f / "ear.safetensors") for f in (trained, tmp_path / "run"))
     for key, value in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[key], value, atol=1e-5, rtol=1e-5)
+    assert train_ear(replace(tiny, layout_channels=3), tmp_path / "with_layout")
+    grown = EnergyAR.load(tmp_path / "with_layout" / "ear.safetensors")
+    assert grown.layout is not None
+    for key, value in before.state_dict().items():
+        torch.testing.assert_close(grown.state_dict()[key], value, atol=1e-5, rtol=1e-5)
     second = replace(recipe, start=start, minutes=0, steps=None, streams=(1, 2))
     assert second.stages() == ("pictures", "streams1", "streams2")
     assert train_ear(second, tmp_path / "second")
