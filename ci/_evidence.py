@@ -91,15 +91,14 @@ def head_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
     """Whether the energy head's pictures are nearer to real ones than those of other heads."""
     targets = []
     for kind in ("squared-error", "gaussian", "diffusion"):
-        name = f"distance, energy head over {kind} head, trained alike"
+        name = (
+            f"distance, upper end of the energy head's over {kind} head's lower end, trained alike"
+        )
         if evidence is None or {"energy", kind} - set(evidence["heads"]):
             targets.append(ci.skipped(name, "no controlled training on record", "< 1"))
             continue
         ours, theirs = (evidence["heads"][k]["distance"] for k in ("energy", kind))
-        ratio = ours["value"] / theirs["value"]
-        why = (
-            f"{ours['value']:.1f} [{ours['low']:.1f}, {ours['high']:.1f}] and {theirs['value']:.1f} "
-            f"[{theirs['low']:.1f}, {theirs['high']:.1f}]"
-        )
+        ratio = ours["high"] / theirs["low"]
+        why = f"{ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}"
         targets.append(ci.Target(name, "PASS" if ratio < 1 else "MISSED", ratio, "< 1", why))
     return targets

@@ -146,7 +146,7 @@ def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
         lines += [
             _markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
             "",
-            f"{tables.JUDGED_NOTE} Data: {', '.join(judged['data'])}; {judged['dtype']}, torch "
+            f"{tables.judged_note(judged)} Data: {', '.join(judged['data'])}; {judged['dtype']}, torch "
             f"{judged['torch']}.",
             "",
             _markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),

@@ -289,7 +289,7 @@ def _generation(
     return [
         *parts,
         _table(tables.HEAD, tables.rows(judged, judged["ceiling"])),
-        f'<p class="note">{html.escape(tables.JUDGED_NOTE)}</p>',
+        f'<p class="note">{html.escape(tables.judged_note(judged))}</p>',
         _table(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
         f"<p>{html.escape(tables.NEIGHBOUR_NOTE)}</p>",
         "<p>SKIPPED: the training pictures are not at hand; parscale_ear.training.ear_release "

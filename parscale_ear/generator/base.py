@@ -295,6 +295,10 @@ class NextScaleGenerator(nn.Module):
         """FLOPs of the head a token at a scale (0 is the first)."""
         raise NotImplementedError
 
+    def picture_flops(self) -> int:
+        """FLOPs of what is done once a picture."""
+        return 0
+
     def flops(
         self,
         batch: int = 1,
@@ -306,6 +310,8 @@ class NextScaleGenerator(nn.Module):
     ) -> list[int]:
         """FLOPs of transformer and head at every scale (a multiply-add counts two).
 
+        What is done once a picture counts to the first scale.
+
         Args:
             batch: different labels.
             guidance: whether unconditional rows run too.
@@ -316,6 +322,7 @@ class NextScaleGenerator(nn.Module):
         rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
         counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
         pictures = batch * (1 if mode == "aggregate" else streams)
+        counts[0] += pictures * self.picture_flops()
         for scale, tokens in enumerate(self.transformer.config.counts):
             counts[scale] += pictures * tokens * self.head_flops(scale)
         return counts

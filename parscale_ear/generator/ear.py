@@ -169,12 +169,15 @@ class EnergyAR(NextScaleGenerator):
         with torch.autocast(latents.device.type, enabled=False):
             maps = self.pyramid.teacher_input(latents, input_noise, generator)  # (B, L − 1, I)
             tokens = self.pyramid.encode(latents)
-        shared = self._layouts(latents.shape[0], 1.0, generator)
-        states = self.teach(
-            labels, maps, streams, shared=shared, each=each
-        )  # (B, L, C) or (B, 1 + P, L, C)
+        shared = self._layouts(samples * len(latents), 1.0, generator)
+        if shared is not None:  # a layout is part of a draw: every sample has one of its own
+            labels, maps = labels.repeat(samples), maps.repeat(samples, 1, 1)
+        # (B, L, C), with ``each`` (B, 1 + P, L, C)
+        states = self.teach(labels, maps, streams, shared=shared, each=each)
+        if shared is not None:
+            states = states.unflatten(0, (samples, -1))  # (M, B, ...)
         if each:
-            tokens = [part[:, None].expand(-1, states.shape[1], -1, -1) for part in tokens]
+            tokens = [part[:, None].expand(-1, states.shape[-3], -1, -1) for part in tokens]
         parts = states.split(self.pyramid.counts, dim=-2)
         # Scales of one level go through the head together: it does not tell them apart.
         found: list[Tensor] = []
@@ -352,8 +355,12 @@ class EnergyAR(NextScaleGenerator):
     # --- what it costs ---
 
     def parameter_count(self) -> dict[str, int]:
-        """Parameters of ``transformer``, ``head``, and their ``total``."""
+        """Parameters of ``transformer`` (with the layout), ``head``, and their ``total``."""
         return dict(self._counts)
+
+    def picture_flops(self) -> int:
+        """FLOPs of the layout."""
+        return 0 if self.layout is None else 2 * self.layout.weight.numel()
 
     def head_flops(self, scale: int) -> int:
         """FLOPs of the head a token at a scale."""

@@ -45,7 +45,8 @@ class Gaussian:
         ``‖μ₁−μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½`` (Dowson and Landau, 1982; used for FID by
         Heusel et al., 2017). With ``Σ = XᵀX`` the last trace is the sum of the singular values of
         ``X₁X₂ᵀ``: exact, quick for few samples, and with no matrix square root of a singular
-        matrix.
+        matrix. Where both have as many rows as columns they are the roots of a symmetric matrix's
+        eigenvalues, found in a fraction of the time, and exact to about 1e-8 of the largest.
 
         Raises:
             ValueError: features of another width.
@@ -55,7 +56,12 @@ class Gaussian:
                 f"features differ in width: {self.mean.shape[0]} and {other.mean.shape[0]}"
             )
         difference = self.mean - other.mean
-        cross = np.linalg.svd(self.root @ other.root.T, compute_uv=False).sum()
+        product = self.root @ other.root.T
+        if product.shape == (len(self.mean), len(self.mean)):
+            squares = np.linalg.eigvalsh(product.T @ product)
+            cross = np.sqrt(squares.clip(min=0)).sum()
+        else:
+            cross = np.linalg.svd(product, compute_uv=False).sum()
         traces = np.square(self.root).sum() + np.square(other.root).sum()
         return max(0.0, float(difference @ difference + traces - 2 * cross))
 

@@ -126,6 +126,25 @@ def nearest(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
+def nearest_other(features: Tensor, labels: Tensor, each: int) -> Tensor:
+    """Distance of pictures to the nearest other one of their class.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        each: the first so many of a class are looked at; at least 2.
+
+    Returns:
+        (C · each,), class by class.
+    """
+    found = []
+    for label in labels.unique():
+        members = features[labels == label][:each].double()
+        distances = torch.cdist(members, members)
+        found.append(distances.fill_diagonal_(torch.inf).min(dim=1).values)
+    return torch.cat(found)
+
+
 def quantiles(values: Tensor) -> dict[str, float]:
     """Low end, quartiles and median of distances, for a report."""
     levels = (0.01, 0.25, 0.5, 0.75)

@@ -184,9 +184,9 @@ def _fresh(
 def _with_layout(model: EnergyAR, config: EARConfig) -> EnergyAR:
     """The same model with a layout that says nothing yet."""
     grown = EnergyAR(config)
-    left = grown.load_state_dict(model.state_dict(), strict=False)
-    assert left.missing_keys == ["layout.weight"]
-    grown.latent_fingerprint = model.latent_fingerprint
+    assert grown.layout is not None
+    grown.load_state_dict({**model.state_dict(), "layout.weight": grown.layout.weight})
+    grown.latent_fingerprint, grown.recommended = model.latent_fingerprint, model.recommended
     return grown
 
 

@@ -148,7 +148,8 @@ class EARTask(Stateless):
         net, head = self.generator.transformer, self.generator.head
         tables: tuple[nn.Module, ...] = (net.class_embedding, net.levels, net.input)
         own = [p for table in tables for p in table.parameters()]
-        return [net.start, net.positions, *own, *head.elementwise(), *prefixes]
+        layout = () if self.generator.layout is None else self.generator.layout.parameters()
+        return [net.start, net.positions, *own, *layout, *head.elementwise(), *prefixes]
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Energy score of the validation latents; writes drawn pictures, a row a class."""
@@ -189,10 +190,11 @@ class PicturesTask(EARTask):
         """Sets up the stage; looks at all real pictures once."""
         super().__init__(generator, store, validation, recipe, folder, world)
         cache = folder / f"features{world.rank}.safetensors"
+        sides = store.latents.shape[1]
         self.score = PictureScore(
             generator.autoencoder,
-            store.latents[:, 0],
-            store.labels,
+            store.latents.flatten(0, 1),
+            store.labels.repeat_interleave(sides),
             cache=cache,
             class_weight=recipe.class_weight,
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parscale_ear import checkpoint
-from parscale_ear.data.images import ImageRef, find_images
+from parscale_ear.data.images import ImageError, ImageRef, find_images
+from parscale_ear.data.reading import read_squares
 from parscale_ear.training.distributed import World, find_world
 from parscale_ear.training.loop import TrainingError
 from parscale_ear.training.optimizer import build_optimizer
@@ -20,10 +22,12 @@ from parscale_ear.training.optimizer import build_optimizer
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+log = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
 PATHS = ("images", "latents", "validation", "start")  # fields of recipes
 
 HELD_OUT = 64  # at most so many pictures are held out when none are named for validation
+READERS, AHEAD = 2, 64  # threads that read pictures, and how many of these ahead
 MOST_VALIDATED = 512  # at most so many of those named are used, evenly spread
 
 
@@ -55,7 +59,9 @@ class Claim:
             return
         if not resume:
             raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
-        found = json.loads(self.path.read_text(encoding="utf-8"))
+        # A field that the run's version did not know yet has its default: what it did then.
+        unsaid = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
+        found = {**json.loads(json.dumps(unsaid)), **json.loads(self.path.read_text("utf-8"))}
         changed = sorted(k for k in self.asked if self.asked[k] != found.get(k))
         if changed:
             raise TrainingError(
@@ -106,3 +112,30 @@ def split_pictures(
     every = max(10, -(-len(training) // held_out))
     kept = [ref for index, ref in enumerate(training) if index % every]
     return kept or training, training[::every]
+
+
+def load_labelled(
+    refs: Sequence[ImageRef], side: int, classes: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Squares of all pictures and their labels: (N, 3, side, side) 8-bit, (N,) int64.
+
+    Raises:
+        ImageError: none can be read, or one has a class that is not among ``classes``.
+    """
+    number = {name: index for index, name in enumerate(classes)}
+    squares, labels, skipped = [], [], []
+    for ref, pixels in read_squares(refs, side, READERS, AHEAD):
+        if isinstance(pixels, str):
+            skipped.append(pixels)
+            continue
+        if ref.label not in number:
+            raise ImageError(f"{ref.name}: class {ref.label!r} is not one of {', '.join(classes)}")
+        squares.append(pixels)
+        labels.append(number[ref.label])
+    for reason in skipped[:5]:
+        log.warning("skipped %s", reason)
+    if skipped:
+        log.warning("%d damaged pictures were left out", len(skipped))
+    if not squares:
+        raise ImageError(f"none of the {len(refs)} pictures can be read")
+    return torch.stack(squares), torch.tensor(labels)

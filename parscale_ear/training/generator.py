@@ -22,16 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from parscale_ear import checkpoint
-from parscale_ear.data.images import ImageError, ImageRef
-from parscale_ear.data.reading import read_squares
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
 from parscale_ear.training.distributed import World
-from parscale_ear.training.folder import Claim, split_pictures, without_paths
+from parscale_ear.training.folder import Claim, load_labelled, split_pictures, without_paths
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.generator_tasks import (
     StreamsTask,
@@ -44,7 +41,6 @@ from parscale_ear.training.loop import Run, Task, read_log
 from parscale_ear.training.stream_worth import summarise
 
 log = logging.getLogger(__name__)
-READERS, AHEAD = 2, 64  # threads that read pictures, and how many of these ahead
 MOST_VALIDATED = 2048
 
 
@@ -111,33 +107,6 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
         checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
     world.wait()
     return True
-
-
-def load_labelled(
-    refs: Sequence[ImageRef], side: int, classes: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Squares of all pictures and their labels: (N, 3, side, side) 8-bit, (N,) int64.
-
-    Raises:
-        ImageError: none can be read, or one has a class that is not among ``classes``.
-    """
-    number = {name: index for index, name in enumerate(classes)}
-    squares, labels, skipped = [], [], []
-    for ref, pixels in read_squares(refs, side, READERS, AHEAD):
-        if isinstance(pixels, str):
-            skipped.append(pixels)
-            continue
-        if ref.label not in number:
-            raise ImageError(f"{ref.name}: class {ref.label!r} is not among the training pictures'")
-        squares.append(pixels)
-        labels.append(number[ref.label])
-    for reason in skipped[:5]:
-        log.warning("skipped %s", reason)
-    if skipped:
-        log.warning("%d damaged pictures were left out", len(skipped))
-    if not squares:
-        raise ImageError(f"none of the {len(refs)} pictures can be read")
-    return torch.stack(squares), torch.tensor(labels)
 
 
 def _token_task(

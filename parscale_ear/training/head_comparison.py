@@ -26,27 +26,24 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.energy import EnergyHead
-from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
-from parscale_ear.metrics.generation import class_diversity, share
+from parscale_ear.metrics.frechet import Gaussian
+from parscale_ear.training import judging
 from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, SquaredErrorHead
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.ear import load_latents
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_release import (
-    IMAGENET,
-    JUDGED,
-    JUDGED_SEED,
-    REPEATS,
+from parscale_ear.training.ear_tasks import EARTask, LatentStore
+from parscale_ear.training.folder import Claim
+from parscale_ear.training.judging import (
     Judge,
     Real,
     choose,
-    draw,
+    distance_interval,
+    judge_drawn,
     load_real,
     save_classes,
 )
-from parscale_ear.training.ear_tasks import EARTask, LatentStore
-from parscale_ear.training.folder import Claim
-from parscale_ear.training.loop import Run, TrainingError
+from parscale_ear.training.loop import Run, TrainingError, read_log
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
@@ -99,20 +96,13 @@ def train_head(
 def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gaussian, out: Path) -> dict[str, Any]:  # fmt: skip
     """Figures of one head; writes a row of pictures a class."""
     settings, tried = choose(model, judge, training, near=1.0)
-    pictures = draw(model, JUDGED, JUDGED_SEED, settings, kind)
-    labels = torch.arange(JUDGED) % len(judge.classes)
-    save_classes(pictures, len(judge.classes), out / f"{kind}.png")
-    features = judge.look(pictures, kind)
-    seen = features.numpy()
-    distance = clustered_bootstrap(
-        lambda chosen: [Gaussian.fit(seen[chosen]).distance(law)], range(len(seen)), repeats=REPEATS
-    )[0]
+    drawn = judge_drawn(model, judge, settings, kind)
+    save_classes(drawn.pictures, len(judge.classes), out / f"{kind}.png")
     return {
         "settings": settings,
         "tried_on_training": tried,
-        "class_accuracy": share(judge.hits(features, labels)).as_dict(),
-        "distance": distance.as_dict(),
-        "diversity": class_diversity(features, labels),
+        **drawn.figures(),
+        "distance": distance_interval(drawn.features, law).as_dict(),
         "parameters": {
             "trunk": sum(p.numel() for p in model.transformer.parameters()),
             "head": sum(p.numel() for p in model.head.parameters()),
@@ -139,7 +129,7 @@ def compare(
     claim.write()
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
     latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
-    judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
+    judge = Judge()
     real: tuple[Real, Gaussian] | None = None
     for kind in heads:
         path = out / f"{kind}.json"
@@ -159,11 +149,20 @@ def compare(
     done = {kind: out / f"{kind}.json" for kind in HEADS if (out / f"{kind}.json").exists()}
     return {
         "heads": {
-            kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in done.items()
+            kind: {
+                **json.loads(path.read_text(encoding="utf-8")),
+                # Of its own loss: a rise says that it learns the training latents by heart.
+                "validation": [
+                    [line["minutes"], line["validation_energy_score"]]
+                    for line in read_log(out / kind)
+                    if "validation_energy_score" in line
+                ],
+            }
+            for kind, path in done.items()
         },
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
-        "pictures": JUDGED,
+        "pictures": judging.JUDGED,
         "latents": len(latents),
         "batch": recipe.batch,
         "learning_rate": recipe.learning_rate,

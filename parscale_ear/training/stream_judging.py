@@ -24,21 +24,17 @@ from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.ear import DEFAULT_DECODER
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
-from parscale_ear.metrics.generation import class_diversity, share
+from parscale_ear.training import judging
 from parscale_ear.training.ear import load_streamed
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_release import (
-    IMAGENET,
-    JUDGED,
-    JUDGED_SEED,
-    REPEATS,
+from parscale_ear.training.folder import RECIPE_FILE
+from parscale_ear.training.judging import (
     Judge,
     choose,
-    draw,
+    judge_drawn,
     load_real,
     save_classes,
 )
-from parscale_ear.training.folder import RECIPE_FILE
 from parscale_ear.training.loop import TrainingError
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
@@ -91,8 +87,7 @@ def judge_streams(
     autoencoder = ParScaleEAR.from_pretrained(
         decoder=DEFAULT_DECODER, dtype=torch.float32, device=device
     )
-    judge = Judge([IMAGENET[folder] for folder in sorted(IMAGENET)], device)
-    labels = torch.arange(JUDGED) % len(judge.classes)
+    judge = Judge(device=device)
     settings: dict[str, float] = {}
     seen, rows = [], []
     for count in scores["counts"]:
@@ -103,16 +98,10 @@ def judge_streams(
             real = load_real(validation_paths, model, judge, "validation")
             law = Gaussian.fit(judge.look(real.pictures, "validation").numpy())
             settings, tried = choose(model, judge, training, near=1.0)
-        pictures = draw(model, JUDGED, JUDGED_SEED, settings, f"P = {count}", streams)
-        save_classes(pictures, len(judge.classes), run / f"streams{count}.png")
-        features = judge.look(pictures)
-        seen.append(features.numpy())
-        rows.append(
-            {
-                "class_accuracy": share(judge.hits(features, labels)).as_dict(),
-                "diversity": class_diversity(features, labels),
-            }
-        )
+        drawn = judge_drawn(model, judge, settings, f"P = {count}", streams)
+        save_classes(drawn.pictures, len(judge.classes), run / f"streams{count}.png")
+        seen.append(drawn.features.numpy())
+        rows.append(drawn.figures())
     exponents = np.log2(np.asarray(scores["counts"], dtype=np.float64))
     centred = exponents - exponents.mean()
 
@@ -121,7 +110,7 @@ def judge_streams(
         slope = float(centred @ np.asarray(found)) / max(1e-12, float(centred @ centred))
         return [*found, *(value - found[0] for value in found), slope]
 
-    told = clustered_bootstrap(statistics, range(JUDGED), repeats=REPEATS)
+    told = clustered_bootstrap(statistics, range(len(drawn.labels)), repeats=judging.REPEATS)
     for k, row in enumerate(rows):
         row["distance"] = told[k].as_dict()
         row["distance_minus_first"] = told[len(rows) + k].as_dict()
@@ -131,7 +120,7 @@ def judge_streams(
         "distance_slope_per_doubling": told[-1].as_dict(),
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
-        "judged_pictures": JUDGED,
+        "judged_pictures": len(drawn.labels),
         "settings": settings,
         "tried_on_training": tried,
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],

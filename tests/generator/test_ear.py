@@ -211,7 +211,9 @@ def test_half_precision_draws_about_the_same(model: EnergyAR, dtype: torch.dtype
     assert float((half - exact).square().mean() / exact.square().mean()) < 0.05
 
 
-def test_flops_equal_pytorchs_count(model: EnergyAR) -> None:
+@pytest.mark.parametrize("channels", [0, 6])
+def test_flops_equal_pytorchs_count(channels: int) -> None:
+    model = build(replace(CONFIG, layout_channels=channels))
     # In BF16, as PyTorch's counter passes over the CPU's fused attention.
     model.set_dtype(torch.bfloat16)
     for streams in (1, 3):
@@ -278,6 +280,19 @@ def test_streams_have_a_layout_each_and_one_together(laid_out: EnergyAR) -> None
     torch.cat([part.flatten() for part in scores]).mean().backward()
     assert laid_out.layout.weight.grad is not None
     assert laid_out.layout.weight.grad.any()
+
+
+def test_every_sample_of_a_score_has_its_own_layout(laid_out: EnergyAR) -> None:
+    """Else the score, proper for every layout, would teach that all are alike."""
+    seen: list[torch.Tensor] = []
+    laid_out.head.hidden.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    labels, latents = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
+    found = laid_out.scores(labels, latents, samples=3, generator=seeded())
+    assert [tuple(part.shape) for part in found[:2]] == [(2, 1, 1), (2, 1, 3)]
+    assert seen[0].shape[:2] == (3, 2)
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=1e-2)
+    both = laid_out.scores(labels, latents, lively(laid_out, 2), each=True, generator=seeded())
+    assert both[1].shape == (2, 3, 1, 3)
 
 
 def test_damaged_weights(model: EnergyAR) -> None:

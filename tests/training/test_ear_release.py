@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from parscale_ear.cli import main
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.metrics.frechet import frechet_distance
 from parscale_ear.metrics.generation import FeatureStatistics
-from parscale_ear.training import ear_release, head_comparison, stream_judging
+from parscale_ear.training import ear_release, head_comparison, judging, stream_judging
 from parscale_ear.training.ear import load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_release import IMAGENET
+from parscale_ear.training.judging import IMAGENET
 from parscale_ear.training.loop import TrainingError
 
 FEATURES = 12
@@ -50,35 +51,42 @@ class FewFeatures:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ear_release, "EfficientNetLite", FewFeatures)
+    monkeypatch.setattr(ear_release, "FEW", (16,))
     for name, value in (
+        ("EfficientNetLite", FewFeatures),
         ("GUIDANCE", (0.0, 2.0)),
         ("TEMPERATURES", (1.0, 0.5)),
         ("TRIED", 20),
-        ("FEW", (16,)),
+        ("JUDGED", 100),
         ("REPEATS", 3),
         ("BATCH", 20),
     ):
-        monkeypatch.setattr(ear_release, name, value)
-    for module in (ear_release, head_comparison, stream_judging):
-        monkeypatch.setattr(module, "JUDGED", 100)
-    for module in (head_comparison, stream_judging):
-        monkeypatch.setattr(module, "REPEATS", 3)
+        monkeypatch.setattr(judging, name, value)
     return
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures of 32×32 in each of Imagenette's folders, a shade a class."""
-    folder = tmp_path_factory.mktemp("imagenette")
-    rng = np.random.default_rng(0)
+def write_pictures(folder: Path, each: int, seed: int) -> Path:
+    """Pictures of 32×32 in each of Imagenette's folders, a shade a class."""
+    rng = np.random.default_rng(seed)
     for number, name in enumerate(sorted(IMAGENET)):
-        (folder / name).mkdir()
-        for k in range(3):
+        (folder / name).mkdir(parents=True)
+        for k in range(each):
             shade = 13 + 25.5 * number * 0.9
             pixels = shade + 12 * rng.standard_normal((32, 32, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{k}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To train on: five of a class."""
+    return write_pictures(tmp_path_factory.mktemp("imagenette"), 5, 0)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To validate on: three of a class."""
+    return write_pictures(tmp_path_factory.mktemp("others"), 3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +112,14 @@ def trained(recipe: EARRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out / "ear.safetensors"
 
 
-def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_release_is_what_it_says(
+    trained: Path, pictures: Path, others: Path, tmp_path: Path
+) -> None:
     out, evidence = tmp_path / "weights", tmp_path / "evidence"
     out.mkdir()
     card = f"# Card\n{ear_release.BEGIN}\nold\n{ear_release.END}\nrest\n"
     (out / "ear.md").write_text(card)
-    report = ear_release.release(trained, [str(pictures)], [str(pictures)], out, evidence)
+    report = ear_release.release(trained, [str(pictures)], [str(others)], out, evidence)
     assert json.loads((evidence / "generation_judged.json").read_text()) == json.loads(
         json.dumps(report)
     )
@@ -124,21 +134,40 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
     model = EnergyAR.from_pretrained(out / "ear.safetensors")
     assert model.recommended == report["settings"]
     labels = torch.arange(100) % 10
-    drawn = ear_release.draw(model, 100, ear_release.JUDGED_SEED, model.recommended)
-    judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
-    hits = judge.hits(judge.look(drawn), labels)
+    judge = judging.Judge()
+    drawn = judge.look(judging.draw(model, 100, judging.JUDGED_SEED, model.recommended))
+    hits = judge.hits(drawn, labels)
     assert report["class_accuracy"]["value"] == pytest.approx(float(hits.float().mean()))
     by_class = report["class_accuracy_by_class"]
     assert list(by_class) == list(model.config.class_names)
-    real = ear_release.load_real([str(pictures)], model, judge, "real")
+    real = judging.load_real([str(others)], model, judge, "real")
     originals = judge.look(real.pictures)
     for name, features in (("_originals", originals), ("", real.restored)):
         assert report["ceiling"][f"class_accuracy{name}"]["value"] == pytest.approx(
             float(judge.hits(features, real.labels).float().mean())
         )
     assert not torch.equal(originals, real.restored)
-    expected = frechet_distance(judge.look(drawn).numpy(), originals.numpy())
+    expected = frechet_distance(drawn.numpy(), originals.numpy())
     assert report["distance"]["value"] == pytest.approx(expected)
+    check_what_is_near(report, drawn, labels, [pictures, others], model, judge)
+    known = judging.load_real([str(pictures)], model, judge, "known")
+    ceiling = report["ceiling"]
+    assert ceiling["distance_pictures"] == 50  # all that there are, where 100 are drawn
+    for found, chosen in (
+        (ceiling["distance"], slice(None)),
+        (ceiling["distance_of_few"]["16"], judging.evenly(known.labels, 16)),
+    ):
+        assert found == pytest.approx(
+            frechet_distance(known.restored[chosen].numpy(), originals.numpy())
+        )
+    same = frechet_distance(real.restored.numpy(), originals.numpy())
+    assert ceiling["distance_of_the_same_pictures"] == pytest.approx(same)
+    for found, features, of in (
+        (report["diversity"], drawn, labels),
+        (ceiling["diversity"], real.restored, real.labels),
+    ):
+        distances = [torch.pdist(features[of == k]).mean() for k in range(10)]
+        assert found == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
     statistics = FeatureStatistics.load(out / "imagenette128.safetensors")
     assert statistics.facts["pictures"] == 30
     assert report["statistics_error"] < 1e-4 * expected
@@ -151,6 +180,50 @@ def test_a_release_is_what_it_says(trained: Path, pictures: Path, tmp_path: Path
         assert (evidence / name).exists()
 
 
+def check_what_is_near(
+    report: dict[str, Any], drawn: Tensor, labels: Tensor, folders: list[Path], model: EnergyAR,
+    judge: judging.Judge,
+) -> None:  # fmt: skip
+    """Nearest pictures, one by one."""
+    plain, held_out = (judging.load_real([str(folder)], model, judge, "real") for folder in folders)
+    mirrored = judge.look(judging.restore(model, plain.pictures.flip(-1)))
+    assert not torch.allclose(mirrored, plain.restored)
+    known = torch.cat((plain.restored, mirrored))
+    for name, features in (("drawn", drawn), ("held_out", held_out.restored)):
+        least = [float((known - one).norm(dim=1).min()) for one in features]
+        found = report["nearest_training_picture"][name]
+        assert found["q0.5"] == pytest.approx(float(np.quantile(least, 0.5)), rel=1e-3)
+        assert found["q0.01"] == pytest.approx(float(np.quantile(least, 0.01)), rel=1e-3)
+    kin = report["nearest_of_its_class"]
+    assert kin["pictures"] == 3  # of a class, as there are no more held-out ones
+    for name, features, of in (("drawn", drawn, labels), ("held_out", held_out.restored, held_out.labels)):  # fmt: skip
+        least = []
+        for k in range(10):
+            three = features[of == k][:3]
+            for n in range(3):
+                rest = torch.cat((three[:n], three[n + 1 :]))
+                least.append(float((rest - three[n]).norm(dim=1).min()))
+        assert kin[name]["q0.5"] == pytest.approx(float(np.quantile(least, 0.5)), rel=1e-3)
+
+
+def test_evenly_takes_the_classes_in_turn_and_all_over() -> None:
+    labels = torch.arange(3).repeat_interleave(torch.tensor([10, 4, 2]))
+    assert judging.evenly(labels, 7).tolist() == [0, 4, 9, 10, 13, 14, 15]
+    assert sorted(judging.evenly(labels, 99).tolist()) == list(range(16))
+
+
+def test_a_damaged_picture_is_left_out_with_its_label(
+    trained: Path, others: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "some"
+    shutil.copytree(others, folder)
+    (folder / sorted(IMAGENET)[0] / "0.png").write_bytes(b"no picture")
+    model, judge = EnergyAR.from_pretrained(trained), judging.Judge()
+    whole, less = (judging.load_real([str(f)], model, judge, "x") for f in (others, folder))
+    assert torch.equal(less.labels, whole.labels[1:])
+    assert torch.equal(less.pictures, whole.pictures[1:])
+
+
 def test_the_chosen_setting_is_near_and_best_at_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four settings, by number: how far their pictures are, and how often of their class."""
     real = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
@@ -160,22 +233,22 @@ def test_the_chosen_setting_is_near_and_best_at_classes(monkeypatch: pytest.Monk
     class Known:
         classes = tuple(range(10))
 
-        def look(self, pictures: Tensor) -> Tensor:
-            return real[:20] + offsets[int(pictures)]
+        def look(self, pictures: Tensor, name: str) -> Tensor:
+            return real[:20] + offsets[int(pictures[0])]
 
         def hits(self, features: Tensor, labels: Tensor) -> Tensor:
             number = int(((features - real[:20])[0, 0] > torch.tensor(offsets) - 1e-3).sum()) - 1
             return torch.arange(20) < 20 * accuracies[number]
 
     def drawn(*arguments: Any) -> Tensor:
-        return torch.tensor(settings.index(tuple(arguments[3].values())))
+        return torch.full((20,), settings.index(tuple(arguments[3].values())))
 
-    monkeypatch.setattr(ear_release, "draw", drawn)
-    training = ear_release.Real(torch.empty(0), torch.empty(0), real[:20])
-    chosen, tried = ear_release.choose(None, Known(), training, near=1.2)  # type: ignore[arg-type]
+    monkeypatch.setattr(judging, "draw", drawn)
+    training = judging.Real(torch.empty(0), torch.empty(0), real[:20])
+    chosen, tried = judging.choose(None, Known(), training, near=1.2)  # type: ignore[arg-type]
     assert [row["accuracy"] for row in tried] == pytest.approx(accuracies)
     assert (chosen["guidance"], chosen["temperature"]) == settings[1]
-    nearest, _ = ear_release.choose(None, Known(), training, near=1.0)  # type: ignore[arg-type]
+    nearest, _ = judging.choose(None, Known(), training, near=1.0)  # type: ignore[arg-type]
     assert (nearest["guidance"], nearest["temperature"]) == settings[0]
 
 
@@ -192,6 +265,24 @@ def test_other_pictures_are_refused(
     (tmp_path / "ear.md").write_text(f"{ear_release.BEGIN}\n{ear_release.END}")
     assert ear_release.main([*told, "--out", str(tmp_path), "--evidence", str(evidence)]) == 2
     assert "'cats' is not a class folder of Imagenette" in capsys.readouterr().err
+    assert not (tmp_path / "ear.safetensors").exists()
+
+
+def test_weights_that_cannot_be_judged_are_refused(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ear.md").write_text(f"{ear_release.BEGIN}\n{ear_release.END}")
+    few = write_pictures(tmp_path / "few", 1, 0)
+    where = ["--out", str(tmp_path), "--evidence", str(tmp_path)]
+    told = ["--training", str(pictures), "--validation", str(few), *where]
+    assert ear_release.main([str(trained), *told]) == 2
+    assert "at least 13 validation pictures, got 10" in capsys.readouterr().err
+    model = EnergyAR.load(trained)
+    two = EnergyAR(replace(model.config, class_names=("a", "b")))
+    two.pyramid.load_state_dict(model.pyramid.state_dict())
+    path = two.save_pretrained(tmp_path / "two.safetensors")
+    assert ear_release.main([str(path), *told]) == 2
+    assert "the generator has 2 classes" in capsys.readouterr().err
     assert not (tmp_path / "ear.safetensors").exists()
 
 
@@ -253,11 +344,9 @@ def test_streams_are_judged_by_what_they_draw_together(
     model, streams = load_streamed(asked, run, 2, torch.device("cpu"))
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
     model.attach(autoencoder).eval()
-    judge = ear_release.Judge([IMAGENET[folder] for folder in sorted(IMAGENET)])
-    drawn = ear_release.draw(
-        model, 100, ear_release.JUDGED_SEED, result["settings"], streams=streams
-    )
-    originals = judge.look(ear_release.load_real(paths, model, judge, "real").pictures)
+    judge = judging.Judge()
+    drawn = judging.draw(model, 100, judging.JUDGED_SEED, result["settings"], streams=streams)
+    originals = judge.look(judging.load_real(paths, model, judge, "real").pictures)
     expected = frechet_distance(judge.look(drawn).numpy(), originals.numpy())
     first, second = result["judged"]
     assert second["distance"]["value"] == pytest.approx(expected, rel=1e-4)

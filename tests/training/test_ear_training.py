@@ -213,6 +213,17 @@ def test_another_recipe_is_refused(recipe: EARRecipe, trained: Path) -> None:
         train_ear(replace(recipe, alpha=1.5), trained, resume=True)
 
 
+def test_a_run_from_before_a_field_was_there_goes_on(recipe: EARRecipe, tmp_path: Path) -> None:
+    short = replace(recipe, steps=1, streams=(), picture_steps=0)
+    assert train_ear(short, tmp_path)
+    told = json.loads((tmp_path / "recipe.json").read_text())
+    del told["layout_channels"]
+    (tmp_path / "recipe.json").write_text(json.dumps(told))
+    with pytest.raises(TrainingError, match="another layout_channels"):
+        train_ear(replace(short, layout_channels=2), tmp_path, resume=True)
+    assert train_ear(short, tmp_path, resume=True)
+
+
 def test_held_out_latents_are_not_trained_on(recipe: EARRecipe) -> None:
     fingerprint = ParScaleEAR.from_pretrained().latent_fingerprint()
     training, validation, names = load_latents(replace(recipe, validation=None), fingerprint)
