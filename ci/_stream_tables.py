@@ -106,7 +106,8 @@ def stream_notes(figures: Mapping[str, Any]) -> list[str]:
     return [
         *([f"{figures['model']}: {figures['note']}."] if figures["note"] else []),
         f"P calls of one stream, one after the other, in the same run: {calls}; the eager twin's "
-        f"tokens: {figures['twin_tokens_s']:.2f} s.",
+        f"tokens: {figures['twin_tokens_s']:.2f} s, {figures['twin_ratio']:.2f} times as long as one "
+        f"stream's (median of {figures['twin_rounds']} rounds of both).",
         f"Roof: the least time for the tokens at {roof['flops_per_s'] / 1e9:.0f} GFLOP/s and "
         f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, measured in this run. The H100 column is computed "
         f"from the same FLOPs and bytes with {h100['flops_per_s'] / 1e12:.0f} TFLOP/s and "
