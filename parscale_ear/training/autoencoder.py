@@ -63,10 +63,11 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     world = claim.world
     training, validation = split_pictures(recipe.images, recipe.validation)
     pictures = load_squares(validation)
-    stages = [stage for stage in STAGES if not (out / f"{stage}.safetensors").exists()]
+    stages = [stage for stage in recipe.stages if not (out / f"{stage}.safetensors").exists()]
     # All mistakes in weights, pictures and packages show now, before anything is written.
-    if "vae" in stages:
-        _prepare("vae", out, recipe)
+    for stage in stages:
+        if _source(stage, out, recipe) in (None, recipe.start):
+            _prepare(stage, out, recipe)
     sides = {recipe.crops(stage)[0] for stage in stages}
     sources = {
         side: RandomCrops(
@@ -103,14 +104,22 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     return True
 
 
+def _source(stage: str, out: Path, recipe: Recipe) -> str | Path | None:
+    """Weights that a stage starts from: an earlier one's of this run, or those given."""
+    if START.get(stage) in recipe.stages:
+        return out / f"{START[stage]}.safetensors"
+    return recipe.start
+
+
 def _prepare(stage: str, out: Path, recipe: Recipe) -> ParScaleEAR:
     """The model that a stage starts from; what it does not train is frozen."""
-    if stage == "vae":
-        if recipe.start is None:
-            return ParScaleEAR(ParScaleEARConfig())
-        return grown(ParScaleEAR.from_pretrained(recipe.start), ParScaleEARConfig())
-    before = ParScaleEAR.from_pretrained(out / f"{START[stage]}.safetensors", dtype=torch.float32)
-    if stage == "hybrid":
+    source = _source(stage, out, recipe)
+    if source is None:
+        return ParScaleEAR(ParScaleEARConfig())
+    before = ParScaleEAR.from_pretrained(source, dtype=torch.float32)
+    if source == recipe.start:
+        before = grown(before, ParScaleEARConfig())
+    if stage in ("vae", "hybrid"):
         return before
     if stage == "baseline":
         model = ParScaleEAR(replace(before.config, hybrid=None))
@@ -156,13 +165,10 @@ def grown(model: ParScaleEAR, config: ParScaleEARConfig) -> ParScaleEAR:
 
 def _history(stage: str, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """The stages before this one, as the weights that it goes on from tell them."""
-    if stage in START:
-        before = out / f"{START[stage]}.safetensors"
-    elif recipe.start is not None:
-        before = resolve(recipe.start)
-    else:
+    source = _source(stage, out, recipe)
+    if source is None:
         return []
-    return list(checkpoint.load(before)[1].get("training", {}).get("history", []))
+    return list(checkpoint.load(resolve(source))[1].get("training", {}).get("history", []))
 
 
 def _facts(

@@ -33,8 +33,9 @@ class Recipe:
     validation: tuple[
         str, ...
     ] = ()  # the same to measure on; none: some of the images are held out
-    start: str | None = None  # weights that stage vae starts from; None: fresh ones
-    minutes: float | None = 120.0  # length of all stages together, or ...
+    start: str | None = None  # weights that the first stage starts from; None: fresh ones
+    stages: tuple[str, ...] = STAGES  # which to run, of STAGES and in their order
+    minutes: float | None = 120.0  # length of all these stages together, or ...
     steps: int | None = None  # ... in steps
     batch: int = 32  # crops a step and process in stage vae
     crop: int = 128  # side of a crop in stage vae, pixels
@@ -57,6 +58,18 @@ class Recipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
+        if not self.stages or self.stages != tuple(s for s in STAGES if s in self.stages):
+            raise ValueError(
+                f"stages must be some of {', '.join(STAGES)}, in this order, got "
+                f"{' '.join(self.stages) or 'none'}"
+            )
+        for stage in self.stages[1 if self.stages[0] == "vae" else 0 :]:
+            if START[stage] in self.stages:
+                continue
+            if "vae" in self.stages:
+                raise ValueError(f"stages must have {START[stage]}, which {stage} goes on from")
+            if self.start is None:
+                raise ValueError(f"stage {stage} needs weights to start from; give start")
         for name in ("crop", "final_crop"):
             value = getattr(self, name)
             if value < 16 or value % 16:
@@ -74,11 +87,11 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        self.loop("vae")  # checks the length
+        self.loop(self.stages[0])  # checks the length
 
     def loop(self, stage: str) -> LoopConfig:
         """The loop of one stage."""
-        share = SHARES[stage]
+        share = SHARES[stage] / sum(SHARES[other] for other in self.stages)
         return LoopConfig(
             minutes=None if self.minutes is None else self.minutes * share,
             steps=None if self.steps is None else max(1, round(self.steps * share)),

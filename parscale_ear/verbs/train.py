@@ -122,9 +122,13 @@ def _add_autoencoder(models: argparse._SubParsersAction[_LateParser]) -> None:
     model.set_defaults(run=_autoencoder)
 
     def fill() -> None:
-        from parscale_ear.training.recipe import Recipe
+        from parscale_ear.training.recipe import STAGES, Recipe
 
-        _add_common(model, Recipe, AUTOENCODER, "all stages together")
+        _add_common(model, Recipe, AUTOENCODER, "all these stages together")
+        model.add_argument(
+            "--stages", nargs="+", choices=STAGES, default=STAGES,
+            help="which to run; without vae, --start names the weights to go on from",
+        )  # fmt: skip
 
     model.fill = fill
 
@@ -260,11 +264,12 @@ def _autoencoder(arguments: argparse.Namespace) -> int:
         images=tuple(arguments.images),
         validation=tuple(arguments.validation),
         start=_start(arguments),
+        stages=tuple(arguments.stages),
         **_common(arguments, AUTOENCODER),
     )
     return _train(
         lambda: train_autoencoder(recipe, arguments.out, resume=arguments.resume),
-        f"{arguments.out}/{{hybrid,baseline,sharp}}.safetensors",
+        f"{arguments.out}/{{{','.join(recipe.stages)}}}.safetensors",
     )
 
 

@@ -19,6 +19,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.litevae import LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import find_images, from_uint8
 from parscale_ear.metrics.reconstruction import ssim
@@ -347,6 +348,47 @@ def test_only_more_blocks_can_be_grown(tmp_path: Path) -> None:
 
 def test_autocast_trains_too(folder_of_pictures: Path, tmp_path: Path) -> None:
     assert train_autoencoder(recipe(folder_of_pictures, precision="bf16", steps=6), tmp_path / "r")
+
+
+def test_one_stage_alone_goes_on_from_given_weights(
+    folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    stages = ("vae", "hybrid")
+    assert train_autoencoder(recipe(folder_of_pictures, steps=4, stages=stages), first)
+    assert not (first / "sharp.safetensors").exists()
+    start = first / "hybrid.safetensors"
+    alone = recipe(folder_of_pictures, steps=4, stages=("sharp",), start=str(start))
+    assert train_autoencoder(alone, second)
+    assert sorted(path.name for path in second.glob("*.safetensors")) == ["sharp.safetensors"]
+    before, after = (
+        ParScaleEAR.from_pretrained(path) for path in (start, second / "sharp.safetensors")
+    )
+    assert after.latent_fingerprint() == before.latent_fingerprint()
+    assert not torch.equal(after.decoder.bands2.weight, before.decoder.bands2.weight)
+    history = checkpoint.load(second / "sharp.safetensors")[1]["training"]["history"]
+    # All of the steps go to the stages that are run.
+    assert [(stage["stage"], stage["steps"]) for stage in history] == [
+        ("vae", 3), ("hybrid", 1), ("sharp", 4),
+    ]  # fmt: skip
+    missing = replace(alone, start=str(tmp_path / "none.safetensors"))
+    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+        train_autoencoder(missing, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stages": ()}, "stages must be some of vae, hybrid, baseline, sharp"),
+        ({"stages": ("hybrid", "vae")}, "in this order, got hybrid vae"),
+        ({"stages": ("baseline",)}, "stage baseline needs weights to start from"),
+        ({"stages": ("vae", "sharp"), "start": "x"}, "stages must have hybrid, which sharp"),
+    ],
+)
+def test_stages_that_cannot_be_run(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipe(tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
