@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ PROTOTYPE_P99_MS = 0.566  # published by the prototype; hardware and weights not
 def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
     """Ours and diffusers' AutoencoderTiny, encode and decode, plain FP32 on the CPU, in turn.
 
+    Ours in channels-last layout, the other one in the layout that suits it better.
+
     Raises:
         ImportError: diffusers is not installed, or does not import.
     """
@@ -43,17 +46,19 @@ def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
     ours = ParScaleEAR.from_pretrained(device="cpu", dtype=torch.float32)
     torch.manual_seed(0)
     tiny = make().eval()  # its published sizes; weights do not change time
+    tiny_last = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
     images = torch.rand(COMPARED_BATCH, 3, 256, 256) * 2 - 1
     channels_last = images.to(memory_format=torch.channels_last)
     with ci.progress(runs, "against AutoencoderTiny") as advance:
         timings = time_alternately(
-            [lambda: ours(channels_last), lambda: tiny(images)],
+            [lambda: ours(channels_last), lambda: tiny(images), lambda: tiny_last(channels_last)],
             device="cpu",
             runs=runs,
             warmup=2,
             progress=advance,
         )
-    ours_ms, tiny_ms = (t.summary(COMPARED_BATCH)["p50_ms"] for t in timings)
+    ours_ms, *theirs = (t.summary(COMPARED_BATCH)["p50_ms"] for t in timings)
+    tiny_ms = min(theirs)
     return {
         "diffusers": diffusers.__version__,
         "batch_size": COMPARED_BATCH,
@@ -61,6 +66,7 @@ def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
         "dtype": "float32",
         "parscale_ear_p50_ms_per_image": ours_ms,
         "autoencoder_tiny_p50_ms_per_image": tiny_ms,
+        "autoencoder_tiny_layout": ("contiguous", "channels-last")[theirs.index(tiny_ms)],
         "ratio_p50": tiny_ms / ours_ms,
         "autoencoder_tiny_parameters": sum(p.numel() for p in tiny.parameters()),
     }

@@ -226,8 +226,8 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
     compared = figures["against_autoencoder_tiny"]
     if compared is not None:
         text += (
-            f" diffusers' AutoencoderTiny took {compared['autoencoder_tiny_p50_ms_per_image']:.0f}"
-            f" ms an image beside {compared['parscale_ear_p50_ms_per_image']:.1f} ms of ours in "
+            f" diffusers' AutoencoderTiny ({compared['autoencoder_tiny_layout']}, its faster layout) "
+            f"took {compared['autoencoder_tiny_p50_ms_per_image']:.0f} ms an image beside {compared['parscale_ear_p50_ms_per_image']:.1f} ms of ours in "
             f"plain FP32 at batch {compared['batch_size']}, timed in turn: "
             f"{compared['ratio_p50']:.1f} times faster."
         )

@@ -39,12 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, CheckpointError, ImageError, FeatureError) as error:
         print(f"parscale-ear: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            "parscale-ear: out of memory; take smaller batches (--batch), tiles (--tile) or "
+            "another --device",
+            file=sys.stderr,
+        )
+        return 1
     except (ModuleNotFoundError, ValueError, OSError) as error:
         print(f"parscale-ear: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
     except KeyboardInterrupt:
         print("parscale-ear: stopped", file=sys.stderr)
         return STOPPED
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch's or Python's allocator gave up."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in str(error)  # on the CPU it is a plain RuntimeError
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

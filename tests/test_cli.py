@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
 from parscale_ear.data.reference import wheel_photographs
 from parscale_ear.training.ear_recipe import EARRecipe
@@ -159,6 +161,33 @@ def test_inference_never_imports_training() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (MemoryError(), True),
+            (torch.OutOfMemoryError("CUDA out of memory"), True),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+            (RuntimeError("a fault of ours"), False),
+        ],
+    )
+    def test_too_little_is_told_and_other_faults_are_not_hidden(
+        self, error: Exception, told: bool, photo: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ) -> None:  # fmt: skip
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ParScaleEAR, "from_pretrained", fail)
+        command = ["reconstruct", str(photo), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        if not told:
+            with pytest.raises(RuntimeError, match="a fault of ours"):
+                main(command)
+            return
+        assert main(command) == 1
+        assert "out of memory; take smaller batches" in capsys.readouterr().err
+
+
 class TestLatents:
     def test_encode_and_decode(
         self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -181,7 +210,7 @@ class TestLatents:
         arguments = ["encode", str(folder), str(tmp_path / "out"), "--side", "64"]
         assert main([*arguments, "--device", "cpu"]) == 2
         captured = capsys.readouterr()
-        assert "skipped a.png" in captured.err
+        assert "skipped in/a.png" in captured.err
         assert json.loads(captured.out.splitlines()[-1])["skipped"] == 1
 
     @pytest.mark.parametrize(
@@ -253,7 +282,7 @@ class TestEvaluate:
 )
 def test_every_number_of_a_recipe_is_an_option(options: dict[str, str], recipe: type[Any]) -> None:
     others = {
-        "images", "latents", "validation", "class_names", "minutes", "steps", "start", "precision",
-        "device",
+        "images", "latents", "validation", "class_names", "minutes", "steps", "start", "stages",
+        "precision", "device",
     }  # fmt: skip
     assert {field.name for field in fields(recipe)} - others == set(options)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import ImageError, ImageRef
@@ -33,6 +34,19 @@ class EvaluationOptions:
     batch: int = 8  # pictures at a time
     features: FeatureChoice = "auto"  # what the distance is measured in
     inception_weights: Path | None = None  # pytorch-fid's file
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: a field is out of range; the message names it.
+        """
+        if self.side < STRIDE or self.side % STRIDE:
+            raise ValueError(f"side must be a multiple of {STRIDE}, got {self.side}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ def evaluate(
     Returns:
         ``psnr_db``, ``ssim``, ``ms_ssim`` (None below 161 pixels), ``haarpsi``,
         ``frechet_distance`` with ``distance_name`` (None for fewer than two pictures),
-        ``images_per_s`` of the model alone, ``pictures``, ``skipped`` (name → why).
+        ``images_per_s`` of the model after its first batch (None where there is one only; the
+        next pictures are read beside it), ``pictures``, ``skipped`` (name → why).
 
     Raises:
         ImageError: no picture can be read.
@@ -85,6 +100,7 @@ def evaluate(
         skipped |= result["skipped"]
     if not count:
         raise ImageError("none of the pictures can be read")
+    timed = sum(r["timed"] for r in results)
     distance = None
     if count > 1:
         features = [np.concatenate([r[k] for r in results]) for k in ("restored", "originals")]
@@ -97,7 +113,7 @@ def evaluate(
         "frechet_distance": distance,
         "distance_name": results[0]["distance"],
         "features_note": note,
-        "images_per_s": count / max(r["seconds"] for r in results),
+        "images_per_s": timed / max(r["seconds"] for r in results) if timed else None,
         "processes": len(shares),
         "skipped": skipped,
     }
@@ -115,7 +131,7 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in SIMILARITIES}
     features: dict[str, list[torch.Tensor]] = {"restored": [], "originals": []}
     skipped: dict[str, str] = {}
-    seconds = 0.0
+    seconds, timed, first = 0.0, 0, True
     batches = read_batches(
         share.refs, options.side, options.batch, readers=1, ahead=2 * options.batch
     )
@@ -125,7 +141,10 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
             originals = torch.stack(batch.pixels)
             began = time.perf_counter()
             restored = reconstruct_pictures(model, originals, batch_size=options.batch)
-            seconds += time.perf_counter() - began
+            if not first:  # the first batch warms up
+                seconds += time.perf_counter() - began
+                timed += len(originals)
+            first = False
             for key, found in similarities(restored, originals).items():
                 values[key].append(found)
             features["restored"].append(extractor(restored))
@@ -137,5 +156,6 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
         **{k: torch.cat([empty, *v]).double().numpy() for k, v in features.items()},
         "skipped": skipped,
         "seconds": max(seconds, 1e-9),
+        "timed": timed,
         "distance": extractor.distance,
     }

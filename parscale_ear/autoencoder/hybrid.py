@@ -41,7 +41,10 @@ class HybridConfig:
 
 
 class CoarseBranch(nn.Module):
-    """Global context: 16×16 → 4×4 → 16×16 (elsewhere h/4 × w/4, rounded up)."""
+    """Wide context: 16×16 → 4×4 → 16×16 (elsewhere h/4 × w/4, rounded up).
+
+    Two 3×3 convolutions at 4×4: a position sees 5×5 of these cells, 20×20 of the latent's.
+    """
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ Shapes: B batch, Z latent channels, h w latent height and width.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,8 @@ from parscale_ear.data.images import save_png
 from parscale_ear.device import DTYPES
 from parscale_ear.parallel import Progress, run_shares
 
+JOB_FILE = "decoded.json"  # what the pictures of a folder were decoded from
+
 
 def decode_folder(
     folder: Path,
@@ -30,11 +33,12 @@ def decode_folder(
     batch: int = 16,
     progress: Progress = lambda count: None,
 ) -> int:
-    """Decodes every latent of a folder to a PNG; pictures that are there already stay.
+    """Decodes every latent of a folder to a PNG; goes on where an earlier call stopped.
 
     Args:
         folder: that ``encode_folder`` wrote.
-        out: gets a PNG a latent, named as the picture was.
+        out: gets a PNG a latent, named as the picture was, and ``decoded.json``; a new or empty
+            folder, or that of an earlier call with the same latents, weights and dtype.
         weights: of the autoencoder; None: the shipped ones.
         dtype: of the computation: fp32, fp16 or bf16.
         devices: one a process.
@@ -45,7 +49,8 @@ def decode_folder(
         The number of pictures written by this call.
 
     Raises:
-        CheckpointError: the latents are of another latent space than the model's, or damaged.
+        CheckpointError: the latents are of another latent space than the model's, or damaged;
+            or ``out`` holds something else.
         WorkerError: a process failed.
     """
     model = ParScaleEAR.from_pretrained(weights)
@@ -56,10 +61,35 @@ def decode_folder(
         for k, device in enumerate(devices)
         if numbers[k :: len(devices)]
     ]
+    _claim(
+        out,
+        {
+            "latents": [shard["sha256"] for shard in data.index["shards"]],
+            "weights": checkpoint.digest(model.state_dict()),
+            "dtype": dtype,
+        },
+    )
+    return sum(run_shares(_decode_share, shares, progress))
+
+
+def _claim(out: Path, job: dict[str, Any]) -> None:
+    """Takes a new folder, or checks that the pictures there are of the same job."""
+    path = out / JOB_FILE
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    return sum(run_shares(_decode_share, shares, progress))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(key for key in job if found.get(key) != job[key])
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{out} holds pictures decoded with other {', '.join(changed)}; name a new folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise checkpoint.CheckpointError(
+            f"{out} is not empty and holds no decoded pictures; name a new folder"
+        )
+    else:
+        checkpoint.write_text(path, json.dumps(job, indent=1) + "\n")
 
 
 def _decode_share(share: Any, progress: Progress) -> int:

@@ -67,6 +67,7 @@ class ParScaleEAR(LiteVAE):
         channels = self.config.litevae.latent_channels
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1))
+        self._known_digests: dict[str, str] = {}  # of weights as rounded → latent fingerprint
 
     # --- the way of an image ---
 
@@ -261,8 +262,13 @@ class ParScaleEAR(LiteVAE):
         """SHA-256 of what defines the latent space: encoder weights (as FP16) and normalisation.
 
         A generator trained on one latent space makes no sense in another; it stores this. The
-        same for the model in FP32 and in FP16, as weights ship in FP16.
+        same for the model in FP32 and in FP16, as weights ship in FP16, and for one that
+        :meth:`from_pretrained` gave in BF16.
         """
+        found = self._latent_digest()
+        return self._known_digests.get(found, found)
+
+    def _latent_digest(self) -> str:
         tensors = {
             name: tensor.half()
             for name, tensor in self.state_dict().items()
@@ -348,4 +354,7 @@ class ParScaleEAR(LiteVAE):
         device = torch.device("cpu" if device is None else device)
         if dtype is None:
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return model.to(device, dtype).eval()
+        fingerprint = model.latent_fingerprint()
+        model = model.to(device, dtype).eval()
+        model._known_digests = {model._latent_digest(): fingerprint}  # BF16 rounds the weights
+        return model

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from parscale_ear.data.images import ImageError, ImageRef
 
@@ -24,21 +24,20 @@ class HubRef(ImageRef):
 
     @property
     def origin(self) -> str:
-        """Name of the dataset."""
-        return Path(self.path).as_posix()
+        """Name of the dataset; of a local one without its folder."""
+        return self.path.name if self.path.exists() else self.path.as_posix()
 
     def open(self) -> Image.Image:
         """The picture as Pillow opens it (pixels not yet decoded)."""
         dataset, column = _open(str(self.path))
         value = dataset[self.row][column]
         if value is None:
-            raise ImageError(f"{self.name}: no picture in this row")
-        try:
+            reason = "no picture in this row"
+            raise ImageError(f"{self.name}: {reason}", reason)
+        with self._telling("not a readable picture"):
             if value["bytes"] is None:
                 return Image.open(value["path"])
             return Image.open(io.BytesIO(value["bytes"]))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{self.name}: not a readable picture") from error
 
 
 @lru_cache(maxsize=8)

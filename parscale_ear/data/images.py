@@ -9,7 +9,8 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,19 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff
 
 
 class ImageError(Exception):
-    """A picture or a folder of pictures that cannot be used; the message is one line."""
+    """A picture or a folder of pictures that cannot be used; the message is one line.
+
+    ``reason`` is the message without the path of the picture.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        """Keeps both; ``reason`` is the whole message where none is given."""
+        super().__init__(message, reason)
+        self.reason = reason or message
+
+    def __str__(self) -> str:
+        """The message."""
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -51,8 +64,15 @@ class ImageRef:
 
     @property
     def origin(self) -> str:
-        """What tells it from a namesake of another data set; empty: its name does."""
-        return ""
+        """Name of the folder or archive that it lies in, the same on every machine."""
+        if self.member is not None:
+            return self.path.name
+        return "" if self.root is None else self.root.resolve().name
+
+    @property
+    def key(self) -> str:
+        """Its origin and name: tells it from a namesake elsewhere, and names no other folder."""
+        return "/".join(part for part in (self.origin, self.relative) if part)
 
     @property
     def label(self) -> str:
@@ -77,14 +97,12 @@ class ImageRef:
         Raises:
             ImageError: it is not a picture, or cannot be read.
         """
-        try:
+        with self._telling("not a readable picture"):
             if self.member is None:
                 return Image.open(self.path)
             with open(self.path, "rb") as archive:
                 archive.seek(self.offset)
                 return Image.open(io.BytesIO(archive.read(self.size)))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{self.name}: not a readable picture ({_reason(error)})") from error
 
     def load(self) -> Image.Image:
         """The picture as upright RGB: EXIF rotation applied, transparency laid over white.
@@ -93,20 +111,39 @@ class ImageRef:
             ImageError: it is not a picture, or is damaged.
         """
         picture = self.open()
-        try:
+        with self._telling("damaged picture"):
             return to_rgb(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{self.name}: damaged picture ({_reason(error)})") from error
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Turns whatever a decoder throws at damaged bytes into an ImageError."""
+        try:
+            yield
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # struct.error, TypeError ...: Pillow's decoders keep no list
+            reason = f"{what} ({_reason(error)})"
+            raise ImageError(f"{self.name}: {reason}", reason) from error
 
 
 def _reason(error: Exception) -> str:
+    """The first line of an error, without paths."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text[:120]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled."""
-    picture = ImageOps.exif_transpose(picture)
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
+    except Exception:  # rotten EXIF: as it lies, if its pixels can be read
+        log.debug("the EXIF data cannot be read; the picture stays as it lies", exc_info=True)
     if picture.mode.startswith("I"):  # 16- or 32-bit grey; Pillow would clip it to 255
         grey = np.asarray(picture, dtype=np.float64)
         scale = 255 / 65535 if grey.max() > 255 else 1.0

@@ -27,7 +27,7 @@ def read_squares(
         try:
             square = np.array(resize_and_crop(ref.load(), side))
         except ImageError as error:
-            return str(error)
+            return error.reason
         return torch.from_numpy(square).permute(2, 0, 1)
 
     with ThreadPoolExecutor(max_workers=max(1, readers)) as pool:
@@ -52,7 +52,7 @@ class Batch:
 
     refs: list[ImageRef] = field(default_factory=list)  # of the pixels
     pixels: list[Tensor] = field(default_factory=list)  # (3, side, side) each, 8-bit
-    skipped: dict[str, str] = field(default_factory=dict)  # name → why
+    skipped: dict[str, str] = field(default_factory=dict)  # key of a picture → why
 
     def __len__(self) -> int:
         """How many pictures were passed over, read or not."""
@@ -66,7 +66,7 @@ def read_batches(
     batch = Batch()
     for ref, pixels in read_squares(refs, side, readers, ahead):
         if isinstance(pixels, str):
-            batch.skipped[ref.relative] = pixels
+            batch.skipped[ref.key] = pixels
             continue
         batch.refs.append(ref)
         batch.pixels.append(pixels)

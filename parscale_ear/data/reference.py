@@ -70,7 +70,7 @@ class ReferenceSet:
         return {
             "source": self.source,
             "pictures": len(self.pictures),
-            "photographs": len(set(self.clusters)),
+            "scenes": len(set(self.clusters)),
             "sha256": self.digest(),
             "warning": self.warning,
         }
@@ -179,12 +179,14 @@ def _crop(photograph: Image.Image, rng: np.random.Generator) -> tuple[Image.Imag
 
 
 def directory_reference(folder: Path, count: int) -> ReferenceSet:
-    """The first ``count`` pictures under a folder (or in a tar), centre crops by the protocol.
+    """``count`` pictures under a folder (or in a tar), centre crops by the protocol.
+
+    They are taken in a fixed, mixed order, as files are often sorted by class.
 
     Raises:
         ImageError: no such folder, no pictures in it, or fewer than four usable ones.
     """
-    return _from_refs(find_images([folder]), count, f"the folder {folder.name}")
+    return _from_refs(_mixed(find_images([folder])), count, f"the folder {folder.name}")
 
 
 def imagenette_reference(count: int, root: Path) -> ReferenceSet:
@@ -204,9 +206,12 @@ def imagenette_reference(count: int, root: Path) -> ReferenceSet:
                 f"Imagenette could not be downloaded ({type(error).__name__}); use --ref-dir with "
                 "a folder of photographs, or leave --reference out"
             ) from error
-    refs = find_images([folder])
-    order = np.random.default_rng(0).permutation(len(refs))  # files are sorted by class
-    return _from_refs([refs[i] for i in order], count, "Imagenette validation pictures")
+    return _from_refs(_mixed(find_images([folder])), count, "Imagenette validation pictures")
+
+
+def _mixed(refs: list[ImageRef]) -> list[ImageRef]:
+    """In an order that is the same for as many pictures everywhere."""
+    return [refs[i] for i in np.random.default_rng(0).permutation(len(refs))]
 
 
 def _from_refs(refs: list[ImageRef], count: int, source: str) -> ReferenceSet:

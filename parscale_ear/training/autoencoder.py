@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.blocks import ResidualBlock
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import resolve
@@ -35,7 +35,15 @@ from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.folder import Claim, split_pictures
 from parscale_ear.training.loop import Run, read_log
 from parscale_ear.training.perceptual import FeatureLoss
-from parscale_ear.training.recipe import LOSSES, SHARP_KEEPS, STAGES, START, TRAINED, Recipe
+from parscale_ear.training.recipe import (
+    LOSSES,
+    SHARP_KEEPS,
+    STAGES,
+    START,
+    TRAINED,
+    Recipe,
+    named_release,
+)
 
 log = logging.getLogger(__name__)
 CACHE_GIB = 4.0  # memory for decoded pictures, of all processes together
@@ -168,7 +176,11 @@ def _history(stage: str, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     source = _source(stage, out, recipe)
     if source is None:
         return []
-    return list(checkpoint.load(resolve(source))[1].get("training", {}).get("history", []))
+    told = checkpoint.load(resolve(source))[1].get("training", {})
+    stages = list(told.get("history", []))
+    if "data" in told.get("validation", {}):  # weights that were shipped: none of this release's
+        stages = [{**stage, "release": named_release(stage)[1]} for stage in stages]
+    return stages
 
 
 def _facts(
@@ -202,7 +214,6 @@ def _facts(
         "damaged": len(crops.damaged),
         "images": [Path(path).name for path in recipe.images],
         "torch": torch.__version__,
-        "release": __version__,
     }
     return {
         "history": [*history, ours],

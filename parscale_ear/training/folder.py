@@ -126,7 +126,7 @@ def load_labelled(
     squares, labels, skipped = [], [], []
     for ref, pixels in read_squares(refs, side, READERS, AHEAD):
         if isinstance(pixels, str):
-            skipped.append(pixels)
+            skipped.append(f"{ref.name}: {pixels}")
             continue
         if ref.label not in number:
             raise ImageError(f"{ref.name}: class {ref.label!r} is not one of {', '.join(classes)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from parscale_ear.training.loop import LoopConfig, Precision
 
@@ -17,6 +19,7 @@ TRAINED = {
     "sharp": "decoder from 1/8 on",
 }
 SHARP_KEEPS = ("hybrid", "decoder.latent4", "decoder.features4")  # what sharp leaves as it is
+LAST_UNNAMED = "0.5"  # the last release whose weights do not say of which release they are
 LOSSES = {  # weighted terms beside the log MSE
     "vae": ("kl",),
     "hybrid": ("kl", "ssim"),
@@ -106,3 +109,10 @@ class Recipe:
         if stage == "vae":
             return self.crop, self.batch
         return self.final_crop, max(1, self.batch * self.crop**2 // self.final_crop**2)
+
+
+def named_release(stage: Mapping[str, Any]) -> tuple[str, str]:
+    """A stage's name, and the release (0.5) whose weights it was trained for."""
+    name, _, earlier = str(stage["stage"]).partition(" (")  # up to 0.5 the name said it
+    release = earlier.rstrip(")") or str(stage.get("release", LAST_UNNAMED))
+    return name, ".".join(release.split(".")[:2])

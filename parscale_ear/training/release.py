@@ -25,7 +25,7 @@ from parscale_ear.data.images import find_images, load_squares
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
-from parscale_ear.training.recipe import SHARP_KEEPS
+from parscale_ear.training.recipe import SHARP_KEEPS, named_release
 
 # What each file leaves to hybrid.safetensors, which is whole.
 SHARED = {"hybrid": (), "sharp": ("encoder", *SHARP_KEEPS), "baseline": ("encoder",)}
@@ -64,6 +64,9 @@ def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[s
     if len({header.get("latent_fingerprint") for header in headers.values()}) > 1:
         raise ValueError("the models do not share one latent space; they are of different runs")
     facts: dict[str, dict[str, Any]] = {}
+    for header in headers.values():
+        for stage in header["training"]["history"]:
+            stage.setdefault("release", __version__)  # this one, where it was not shipped before
     for name, shared in SHARED.items():
         model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
         facts[name] = {
@@ -118,10 +121,10 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             stages += [stage for stage in row["history"] if stage not in stages]
         for stage in stages:
             weights = ", ".join(f"{k} {v:g}" for k, v in stage["loss_weights"].items())
-            release = ".".join(str(stage.get("release", __version__)).split(".")[:2])
-            earlier = "" if __version__.startswith(f"{release}.") else f" ({release})"
+            name, release = named_release(stage)
+            earlier = "" if release == named_release(stages[-1])[1] else f" ({release})"
             lines.append(
-                f"| {stage['stage']}{earlier} | {stage['trains']} | {stage['pictures']:,} "
+                f"| {name}{earlier} | {stage['trains']} | {stage['pictures']:,} "
                 f"| {stage['steps']:,} "
                 f"| {stage['minutes']:g} | {stage['crops']} of {stage['side']}×{stage['side']} "
                 f"| {stage['rate']:g} | {weights or '—'} |"

@@ -89,7 +89,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if result["frechet_distance"] is not None:
         rows.append((result["distance_name"], f"{result['frechet_distance']:.3f}"))
     many = "" if result["processes"] == 1 else f" ({result['processes']} processes)"
-    rows.append(("model alone", f"{result['images_per_s']:.1f} images/s{many}"))
+    speed = result["images_per_s"]
+    rows.append(
+        ("model", "(from the second batch)" if speed is None else f"{speed:.1f} images/s{many}")
+    )
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

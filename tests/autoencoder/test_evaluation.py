@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ def test_equals_the_parts(folder_of_pictures: Path, shipped: ParScaleEAR) -> Non
     done: list[int] = []
     result = evaluate(refs, OPTIONS, progress=done.append)
     assert sum(done) == 7
-    assert list(result["skipped"]) == ["broken.png"]
+    assert result["skipped"] == {
+        "pictures/broken.png": "not a readable picture (of no known format)"
+    }
     originals = load_squares(refs, 64)
     restored = reconstruct_pictures(shipped, originals, batch_size=4)
     for key, value in mean_quality(restored, originals).items():
@@ -59,3 +62,9 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match="none of the pictures"):
         evaluate(find_images([tmp_path / "a.png"]), OPTIONS)
+
+
+@pytest.mark.parametrize("changes", [{"side": 100}, {"batch": 0}, {"dtype": "int8"}])
+def test_bad_options(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        EvaluationOptions(**changes)

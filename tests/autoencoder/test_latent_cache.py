@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.latent_cache import (
     CacheOptions,
     encode_folder,
@@ -51,11 +52,14 @@ def test_latents_equal_those_in_memory(classes: Path, tmp_path: Path, shipped: P
         progress=done.append,
     )  # fmt: skip
     assert (result.pictures, result.encoded, sum(done)) == (12, 12, 14)
-    assert sorted(result.skipped) == ["cat/07.png", "dog/03.png"]
+    name = classes.name  # of the folder, and no more of its path
+    assert sorted(result.skipped) == [f"{name}/cat/07.png", f"{name}/dog/03.png"]
+    for file in (tmp_path / "out").iterdir():
+        assert str(classes.parent).encode() not in file.read_bytes()
     data = LatentDataset(tmp_path / "out", fingerprint=shipped.latent_fingerprint())
     assert data.classes == ["cat", "dog"]
     assert len(data) == 12
-    good = [ref for ref in refs if ref.relative not in result.skipped]
+    good = [ref for ref in refs if ref.key not in result.skipped]
     pictures = load_squares(good, 64)
     # Bit for bit what the model gives for such a batch: of the readable pictures of each shard.
     expected = torch.cat([encode_pictures(shipped, part) for part in batches_of(pictures, refs)])
@@ -211,6 +215,15 @@ def test_decoding_gives_the_pictures_back(
         assert difference < 0.6 / 127.5
     (tmp_path / "png" / "cat" / "01.png").unlink()
     assert decode_folder(tmp_path / "out", tmp_path / "png") == 1  # the rest stays
+    sharp = shipped_weights(decoder="sharp")
+    for changes, said in (
+        ({"dtype": "bf16"}, "other dtype"),
+        ({"weights": sharp}, "other weights"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            decode_folder(tmp_path / "out", tmp_path / "png", **changes)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="holds no decoded pictures"):
+        decode_folder(tmp_path / "out", classes)
 
 
 @pytest.mark.parametrize(

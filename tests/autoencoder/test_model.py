@@ -233,6 +233,11 @@ class TestFiles:
         assert next(ParScaleEAR.from_pretrained(path).parameters()).dtype == torch.float32
         half = ParScaleEAR.from_pretrained(path, device="cpu", dtype=torch.bfloat16)
         assert next(half.parameters()).dtype == torch.bfloat16
+        # BF16 rounds what the fingerprint is of; it is the same latent space all the same.
+        assert half.latent_fingerprint() == tiny.latent_fingerprint()
+        with torch.no_grad():
+            half.encoder.level2.bias += 1
+        assert half.latent_fingerprint() != tiny.latent_fingerprint()
 
     def test_the_fingerprint_follows_encoder_and_normalisation(self, tiny: ParScaleEAR) -> None:
         before = tiny.latent_fingerprint()

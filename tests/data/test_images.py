@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from parscale_ear.data import images
 from parscale_ear.data.images import ImageError, ImageRef, find_images
@@ -100,6 +102,36 @@ class TestFinding:
             archive.addfile(tarfile.TarInfo("x.png"))
         with pytest.raises(ImageError, match="uncompressed"):
             find_images([tmp_path / "t.tar.gz"])
+
+    def test_what_decoders_throw_is_an_image_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bomb = PngInfo()
+        bomb.add_text("x", "x" * 2_000_000, zip=True)
+        gradient().save(tmp_path / "bomb.png", pnginfo=bomb)
+        with pytest.raises(ImageError, match=r"bomb\.png: not a readable picture") as caught:
+            ImageRef(tmp_path / "bomb.png").open()
+        assert str(tmp_path) not in caught.value.reason
+
+        def rotten(*_: object) -> None:
+            raise struct.error("unpack requires a buffer of 4 bytes")
+
+        gradient().save(tmp_path / "x.png")
+        monkeypatch.setattr(ImageOps, "exif_transpose", rotten)
+        assert ImageRef(tmp_path / "x.png").load().tobytes() == gradient().tobytes()
+        monkeypatch.setattr(Image.Image, "convert", rotten)
+        with pytest.raises(ImageError, match=r"x\.png: damaged picture \(unpack requires"):
+            ImageRef(tmp_path / "x.png").load()
+
+    def test_namesakes_of_two_archives_have_keys_of_their_own(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            gradient().save(tmp_path / name / "1.png")
+            with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+                archive.add(tmp_path / name / "1.png", "1.png")
+        paths = [tmp_path / name for name in ("a", "b", "a.tar", "b.tar")]
+        keys = [ref.key for ref in find_images(paths)]
+        assert keys == ["a/1.png", "b/1.png", "a.tar/1.png", "b.tar/1.png"]
 
     def test_damaged_pictures(self, tmp_path: Path) -> None:
         buffer = io.BytesIO()

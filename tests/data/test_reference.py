@@ -47,7 +47,11 @@ def test_a_directory(folder_of_pictures: Path) -> None:
     assert found.pictures.shape == (6, 3, 256, 256)
     assert "6 of the 10" in found.warning
     assert "broken" in found.warning
-    assert load_reference(4, directory=folder_of_pictures).warning == ""
+    (folder_of_pictures / "broken.png").unlink()
+    four = load_reference(4, directory=folder_of_pictures)
+    assert four.warning == ""
+    assert list(four.names) != sorted(found.names)[:4]  # mixed
+    assert four.names == load_reference(4, directory=folder_of_pictures).names
 
 
 def test_a_directory_with_too_little(tmp_path: Path) -> None:

@@ -43,10 +43,23 @@ def test_conditions_do_what_they_are_called() -> None:
             assert (changed - latent)[inside].abs().max() <= limit
 
 
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.02), (2, 0.0), (4, 0.02)])
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, spread: float) -> None:
+    """Seeds and pictures both differ; of 400 intervals about 380 must hold 0."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        by_seed = spread * rng.standard_normal((seeds, 1))
+        values = by_seed + 0.1 * rng.standard_normal(100) + 0.05 * rng.standard_normal((seeds, 100))
+        found = comparison.interval(values)
+        held += found["low"] <= 0 <= found["high"]
+    assert 0.925 <= held / 400 <= 1
+
+
 def test_intervals_are_paired() -> None:
     rng = np.random.default_rng(0)
     pictures = rng.normal(27, 4, (1, 200))
-    noise = rng.normal(0, 0.05, (2, 200))
+    noise = rng.normal(0, 0.05, (4, 200))
     figures = {
         "hybrid": {"clean": (pictures + noise).tolist()},
         "LiteVAE": {"clean": (pictures - 0.1 + noise[::-1]).tolist()},

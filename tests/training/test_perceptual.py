@@ -16,7 +16,7 @@ def blurred(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False)
 
 
-def test_feature_loss_sees_blur_more_than_noise_of_the_same_energy(
+def test_feature_loss_sees_blur_more_than_brightness_of_the_same_error(
     features: FeatureLoss, photographs: torch.Tensor
 ) -> None:
     x = from_uint8(photographs[:2])

@@ -10,7 +10,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.training import release
 from parscale_ear.training.autoencoder import train_autoencoder
-from parscale_ear.training.recipe import Recipe
+from parscale_ear.training.recipe import Recipe, named_release
 
 CARD = f"# Card\n{release.BEGIN}\n{release.END}\nend\n"
 
@@ -35,6 +35,36 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "run"
     assert train_autoencoder(recipe, out)
     return out
+
+
+def test_stages_are_labelled_by_their_release(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of one release are trained on before the number of the next one is known."""
+    ship = ["--validation", str(run.parent), "--out"]
+    for folder, version in (("first", "0.7.0"), ("second", "0.8.0")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "README.md").write_text(CARD)
+        if folder == "second":
+            recipe = Recipe(
+                images=(str(run.parent),), start=str(tmp_path / "first" / "hybrid.safetensors"),
+                minutes=None, steps=4, batch=1, crop=32, final_crop=32, precision="fp32",
+            )  # fmt: skip
+            assert train_autoencoder(recipe, tmp_path / "run")
+        monkeypatch.setattr(release, "__version__", version)
+        source = run if folder == "first" else tmp_path / "run"
+        assert release.main([str(source), *ship, str(tmp_path / folder)]) == 0
+    first, second = ((tmp_path / f / "README.md").read_text() for f in ("first", "second"))
+    assert "(0." not in first
+    rows = [line.split(" | ")[0] for line in second.splitlines() if " trained " not in line]
+    labels = [row for row in rows if row.startswith(("| vae", "| hybrid", "| sharp", "| base"))]
+    assert labels == ["| vae (0.7)", "| hybrid (0.7)", "| vae", "| hybrid", "| sharp", "| baseline"]
+
+
+def test_the_names_of_stages_up_to_05() -> None:
+    assert named_release({"stage": "vae (0.3)"}) == ("vae", "0.3")
+    assert named_release({"stage": "vae"}) == ("vae", "0.5")
+    assert named_release({"stage": "vae", "release": "0.6.1"}) == ("vae", "0.6")
 
 
 def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> None:
