@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,3 +86,29 @@ def test_tiles_with_padding_and_in_half_precision(shipped: ParScaleEAR) -> None:
 def test_a_bad_tile_is_named(tiny: ParScaleEAR, tile: int) -> None:
     with pytest.raises(ValueError, match="tile must be a multiple of 16"):
         tiny.encode(torch.zeros(1, 3, 32, 32), tile=tile)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no getrusage there")
+def test_tiles_bound_the_memory() -> None:
+    """What is taken above the loaded model, in fresh processes, as the peak never falls."""
+    code = """
+import resource, sys
+import torch
+from parscale_ear import ParScaleEAR
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(1)
+model = ParScaleEAR.from_pretrained(device="cpu")
+images = torch.rand(1, 3, 1536, 1536) * 2 - 1
+loaded = peak()
+with torch.inference_mode():
+    model(images, tile=int(sys.argv[1]) or None)
+print(peak() - loaded)
+"""
+    whole, tiled = (
+        int(subprocess.run([sys.executable, "-c", code, tile], capture_output=True, check=True).stdout)
+        for tile in ("0", "256")
+    )  # fmt: skip
+    assert tiled < 0.5 * whole
