@@ -250,7 +250,17 @@ class ParScaleEAR(LiteVAE):
         return {**counts, "total": sum(counts.values())}
 
     def flops(self, height: int = 256, width: int = 256) -> int:
-        """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only)."""
+        """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only).
+
+        Args:
+            height: of the image, a multiple of 16.
+            width: likewise.
+
+        Raises:
+            ValueError: a side is off the grid.
+        """
+        if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
+            raise ValueError(f"sides must be multiples of {STRIDE}, got {height} and {width}")
         count = super().flops(height, width)
         if self.hybrid is not None:
             count += self.hybrid.flops(height // STRIDE, width // STRIDE)
@@ -297,6 +307,9 @@ class ParScaleEAR(LiteVAE):
 
         Returns:
             The file written.
+
+        Raises:
+            OSError: the file cannot be written; what was there stays.
         """
         path = Path(path)
         if path.suffix != ".safetensors":

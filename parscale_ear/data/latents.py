@@ -173,6 +173,11 @@ class LatentDataset(Dataset[LatentItem]):
         return {**self.__dict__, "_open": {}}
 
     def __getitem__(self, index: int) -> LatentItem:
+        """One latent: first all pictures as they are, then (``mirrored``) all of them mirrored.
+
+        Raises:
+            IndexError: ``index`` is out of range.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} latents")
         index %= len(self)

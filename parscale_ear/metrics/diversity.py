@@ -78,7 +78,10 @@ def inception_score(logits: Tensor) -> float:
     for Training GANs" (2016). With few pictures it says little: it cannot exceed their number.
 
     Args:
-        logits: (N, classes), from ``Inception.logits``.
+        logits: (N, classes), N ≥ 1, from ``Inception.logits``.
+
+    Returns:
+        1 to the number of classes; higher is better.
     """
     each = logits.double().log_softmax(dim=1)  # (N, classes)
     mean = each.logsumexp(dim=0) - math.log(len(logits))  # log p(y)

@@ -133,9 +133,14 @@ def similarities(pictures: Tensor, references: Tensor) -> dict[str, NDArray[np.f
 
 
 def mean_quality(pictures: Tensor, references: Tensor) -> dict[str, float]:
-    """Means over pictures: ``psnr_db`` and ``ssim``."""
+    """Means over pictures: ``psnr_db`` (at most 100 for a picture) and ``ssim``.
+
+    Args:
+        pictures: (N, 3, H, W), 8-bit.
+        references: (N, 3, H, W), 8-bit.
+    """
     return {
-        "psnr_db": float(psnr(pictures, references).mean()),
+        "psnr_db": float(np.minimum(psnr(pictures, references), HIGHEST_PSNR).mean()),
         "ssim": float(ssim(pictures, references).mean()),
     }
 

@@ -34,7 +34,15 @@ class FeatureLoss(nn.Module):
         self.maps = LiteMaps(device)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """A scalar, in FP32."""
+        """How far two batches of pictures look from each other.
+
+        Args:
+            output: (B, 3, H, W) in about [−1, 1]; the gradient goes through it.
+            target: the same shape, in [−1, 1].
+
+        Returns:
+            A scalar, in FP32; 0 for equal pictures.
+        """
         ours = self.maps(output)
         with torch.no_grad():
             theirs = self.maps(target)
