@@ -81,7 +81,7 @@ def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
     ):
         figures = report["figures"]
         reference = figures["reference"]
-        samples = f"{reference['pictures']} crops of {reference['photographs']} scenes"
+        samples = f"{reference['pictures']} crops of {reference['scenes']} scenes"
         rows = distance_rows(figures)
         head = distance_head(figures)
         lines += ["", f"**{title}**", "", _markdown(head, rows), "", origin(report, samples)]

@@ -363,7 +363,7 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
     return [
         f"<h2>{html.escape(title)}</h2>",
         _table(distance_head(figures), distance_rows(figures)),
-        f"<p>95 % intervals by bootstrap over {reference['photographs']} photographs; "
+        f"<p>95 % intervals by bootstrap over {reference['scenes']} scenes; "
         f"{html.escape(reference['source'])}. Two halves of the originals are "
         f"{figures['reference_distance']:.1f} apart.</p>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes if note),
