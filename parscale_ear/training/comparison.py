@@ -6,7 +6,7 @@
 Every variant is trained from fresh weights by the same recipe, on the same crops, for the same
 number of steps, with at least two seeds. Then every one reconstructs the same pictures: from its
 own latents, from latents with noise, and from quantised latents. Differences are paired picture by
-picture; their intervals come from resampling pictures and seeds together.
+picture; their intervals are over other seeds and other pictures.
 """
 
 from __future__ import annotations
