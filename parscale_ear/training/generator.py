@@ -15,7 +15,6 @@ Pictures are held in memory, at the side that is trained on: 1 GB holds 80,000 o
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from parscale_ear.training.generator_tasks import (
 from parscale_ear.training.loop import Run, Task, read_log
 from parscale_ear.training.stream_worth import summarise
 
-log = logging.getLogger(__name__)
 MOST_VALIDATED = 2048
 
 
