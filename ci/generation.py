@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *_evidence.judged_targets(
             _evidence.read(_evidence.JUDGED), checkpoint.load(weights)[1]["sha256"]
         ),
-        *_evidence.head_targets(_evidence.read(_evidence.HEADS)),
+        *_evidence.head_targets(_evidence.read(_evidence.HEADS), quick=arguments.quick),
     ]
     return ci.finish("M3-2", "generation", arguments, fields, said, figures, targets)
 

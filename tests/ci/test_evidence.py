@@ -48,10 +48,14 @@ def test_heads_are_compared_where_both_are_on_record() -> None:
 
     heads = {"energy": of(90), "gaussian": of(100), "diffusion": of(91.5)}
     evidence = {"heads": heads}
-    found = {t.name.split(" over ")[1].split(" ")[0]: t for t in _evidence.head_targets(evidence)}
+    targets = _evidence.head_targets(evidence, quick=False)
+    found = {target.name.split(" over ")[1].split(" ")[0]: target for target in targets}
     assert {kind: target.status for kind, target in found.items()} == {
         "squared-error": "SKIPPED", "gaussian": "PASS", "diffusion": "MISSED",
     }  # fmt: skip
     assert found["gaussian"].value == pytest.approx(91 / 99)
     assert "90.0 [89.0, 91.0] and 91.5 [90.5, 92.5]" in found["diffusion"].why  # intervals meet
-    assert {t.status for t in _evidence.head_targets(None)} == {"SKIPPED"}
+    assert {t.status for t in _evidence.head_targets(None, quick=False)} == {"SKIPPED"}
+    assert {t.why for t in _evidence.head_targets(evidence, quick=True)} == {
+        "judged in a full run only"
+    }
