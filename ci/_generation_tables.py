@@ -52,6 +52,7 @@ def rows(figures: Mapping[str, Any], ceiling: Mapping[str, Any]) -> list[tuple[s
         else f"{ceiling['distance']:.1f} ({ceiling['distance_pictures']:,})"
     )
     said = ci.interval(distance, 1, sign="") if isinstance(distance, Mapping) else f"{distance:.1f}"
+    dimensions = figures.get("effective_dimensions")  # where it was judged
     return [
         (
             "put into their own class of ten (chance 10 %)",
@@ -63,6 +64,17 @@ def rows(figures: Mapping[str, Any], ceiling: Mapping[str, Any]) -> list[tuple[s
             "mean distance of two pictures of a class",
             f"{figures['diversity']:.2f}",
             f"{ceiling['diversity']:.2f}",
+        ),
+        *(
+            [
+                (
+                    f"effective dimensions of a class (of {dimensions['pictures']:,} pictures)",
+                    f"{dimensions['drawn']:.1f}",
+                    f"{dimensions['held_out']:.1f}",
+                )
+            ]
+            if dimensions
+            else []
         ),
     ]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +16,8 @@ from torch import Tensor
 from ci import _common as ci
 from ci._distances import compare, print_comparison
 from ci._quality import latent_figures, print_quality, size_figures
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.files import Decoder, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.reference import ReferenceSet, load_reference
@@ -23,6 +25,7 @@ from parscale_ear.metrics.features import load_extractor
 
 MOST_FID_ADDED = 3.0  # hybrid − baseline
 MOST_RELATIVE_ADDED = 0.03  # the same for the offline extractor, of the baseline's distance
+LEAST_PSNR, LEAST_SSIM = 27.4, 0.79  # dB; on the photographs of the model card
 LEAST_LOWERED = 0.35  # by the sharp decoder, of the faithful one's distance
 LEAST_SHARP_PSNR = 25.8  # dB
 MOST_TILE_ERROR = 1e-4  # of the pixels in [−1, 1], tiles against the whole
@@ -102,10 +105,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = ci.common_fields(device, torch.float32, arguments.seed)
     targets = [
         *_targets(result, arguments.mode, quick=arguments.quick),
+        *card_targets(shipped_facts(), quick=arguments.quick),
         ci.at_most("tiles against the whole, largest difference", max(row["tile_error"] for row in sizes if row["tile"]),
                    MOST_TILE_ERROR),
     ]  # fmt: skip
     return ci.finish("M2-3", "FID", arguments, fields, settings, figures, targets)
+
+
+def shipped_facts() -> dict[str, dict[str, Any]]:
+    """What the shipped weights say of their own measuring: decoder → the header's facts."""
+    return {
+        name: checkpoint.load(shipped_weights("hybrid", name))[1]["training"]["validation"]
+        for name in get_args(Decoder)
+    }
+
+
+def card_targets(facts: Mapping[str, Mapping[str, Any]], *, quick: bool) -> list[ci.Target]:
+    """The bars on the photographs of the model card; ``facts``: decoder → its figures there."""
+    faithful, sharp = facts["faithful"], facts["sharp"]
+    relative = sharp["distance"] / faithful["distance"] - 1
+    data = f"{sharp['pictures']:,} pictures of {', '.join(sharp['data'])}"
+    targets = [
+        ci.at_least("model card: PSNR", faithful["psnr_db"], LEAST_PSNR, "dB", data),
+        ci.at_least("model card: SSIM", faithful["ssim"], LEAST_SSIM, why=data),
+        ci.at_least("model card: PSNR, sharp", sharp["psnr_db"], LEAST_SHARP_PSNR, "dB", data),
+        ci.at_most(
+            f"model card: {sharp['distance_name']}, (sharp − faithful) / faithful",
+            relative, -LEAST_LOWERED, why=data,
+        ),
+    ]  # fmt: skip
+    if quick:
+        why = "judged in a full run only"
+        return [ci.skipped(target.name, why, target.limit) for target in targets]
+    return targets
 
 
 def _targets(result: dict[str, Any], mode: str, *, quick: bool = False) -> list[ci.Target]:

@@ -13,7 +13,7 @@ channels, S side of the latent.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
@@ -259,8 +259,9 @@ class EnergyAR(NextScaleGenerator):
         temperature: float,
         generator: torch.Generator | None,
         callback: Callable[[LatentEvent], object] | None = None,
+        known: Sequence[Tensor] = (),
     ) -> Tensor:
-        """The scales, one after the other."""
+        """The scales, one after the other; those of ``known`` are given."""
         transformer, pyramid = self.transformer, self.pyramid
         condition = transformer.condition(rows.labels)
         shared = self._layouts(rows.pictures, temperature, generator)
@@ -272,10 +273,13 @@ class EnergyAR(NextScaleGenerator):
             if shared is not None:
                 x = x + rows.spread(shared)[:, None]
             hidden = transformer(x, condition, cache=cache)
-            states = rows.settle(transformer, hidden, condition, number / max(1, scales - 1))
-            tokens = self.head.draw(
-                states, level=scale.level, temperature=temperature, generator=generator
-            )  # (B or B · P, T, Z or 3Z)
+            if number < len(known):
+                tokens = known[number]  # the trunk has seen the scale: its keys are in the cache
+            else:
+                states = rows.settle(transformer, hidden, condition, number / max(1, scales - 1))
+                tokens = self.head.draw(
+                    states, level=scale.level, temperature=temperature, generator=generator
+                )  # (B or B · P, T, Z or 3Z)
             canvas = (
                 pyramid.start(tokens) if canvas is None else pyramid.put(canvas, number, tokens)
             )
@@ -286,13 +290,18 @@ class EnergyAR(NextScaleGenerator):
         return pyramid.finish(canvas)
 
     def draw_with_gradient(
-        self, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        known: Sequence[Tensor] = (),
     ) -> Tensor:
         """Draws latents that know how they depend on the weights (training); no guidance.
 
         Args:
             labels: (B,), int64 in 0..classes; ``classes`` for none.
             generator: of the noise.
+            known: tokens of the first scales, (B, T, Z or 3Z) each, that are given instead of
+                drawn; fewer than there are scales.
 
         Returns:
             (B, Z, S, S), normalised, FP32.
@@ -301,7 +310,7 @@ class EnergyAR(NextScaleGenerator):
             labels, null=self.transformer.null_label, count=1, trained=None, joined=False,
             guidance=0.0,
         )  # fmt: skip
-        return self._draw(rows, GrowingCache(self.config.depth), 1.0, generator)
+        return self._draw(rows, GrowingCache(self.config.depth), 1.0, generator, known=known)
 
     def _render(self, canvas: Any) -> Tensor:
         return self.decode(self.pyramid.preview(canvas))

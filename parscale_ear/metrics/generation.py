@@ -145,6 +145,27 @@ def nearest_other(features: Tensor, labels: Tensor, each: int) -> Tensor:
     return torch.cat(found)
 
 
+def effective_dimensions(features: Tensor, labels: Tensor, each: int) -> float:
+    """In how many directions a class's pictures differ: its participation ratio, mean over classes.
+
+    ``(Σλ)² / Σλ²`` over the eigenvalues of the covariance (Gao et al., "A theory of multineuronal
+    dimensionality, dynamics and measurement", 2017): D where all directions vary alike, 1 where
+    there is one; at most ``each`` − 1. A few pictures that come again and again give a small one.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        each: the first so many of a class are looked at; at least 2.
+    """
+    found = []
+    for label in labels.unique():
+        members = features[labels == label][:each].double()
+        centred = members - members.mean(0)
+        squares = torch.linalg.svdvals(centred).square()  # the covariance's, but for a factor
+        found.append(float(squares.sum().square() / squares.square().sum()))
+    return float(np.mean(found))
+
+
 def quantiles(values: Tensor) -> dict[str, float]:
     """Low end, quartiles and median of distances, for a report."""
     levels = (0.01, 0.25, 0.5, 0.75)

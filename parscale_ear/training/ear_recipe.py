@@ -37,6 +37,7 @@ class EARRecipe:
     learning_rate: float = 2e-3  # peak in the first stage
     picture_classes: int = 4  # classes a step and process in the second stage
     picture_draws: int = 8  # pictures drawn of each
+    picture_pairs: int = 8  # real pictures a step that are continued twice from their first scales
     picture_batch: int = 16  # latents a step whose tokens are scored as in the first stage
     picture_rate: float = 3e-4  # peak there
     adversarial_weight: float = 0.5  # of the critic's verdict there; 0: no critic
@@ -78,7 +79,7 @@ class EARRecipe:
         for name in ("picture_rate", "critic_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("adversarial_weight", "class_weight"):
+        for name in ("adversarial_weight", "class_weight", "picture_pairs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.minutes == 0 and self.start is None:

@@ -6,8 +6,9 @@ r"""Turns a finished EnergyAR into weights to ship: FP16, its settings chosen, j
 Guidance and temperature are chosen with the training pictures, as the autoencoder restores them: of
 all settings whose Fréchet distance to them is within ``NEAR`` of the least, the one whose pictures
 are put into their classes most often. The same judge, which took no part in training, then judges
-that one setting once, on other draws and on the validation pictures. What the pictures of the validation set are to that judge is written as statistics, so
-that distances can be measured where no pictures are.
+that one setting once, on other draws and on the validation pictures. What the pictures of the
+validation set are to that judge is written as statistics, so that distances can be measured where
+no pictures are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from parscale_ear.metrics.generation import (
     STATISTICS_FILE,
     FeatureStatistics,
     class_diversity,
+    effective_dimensions,
     nearest,
     nearest_other,
     quantiles,
@@ -91,6 +93,11 @@ def judge_model(
             "pictures": each,
             "drawn": quantiles(nearest_other(drawn.features, drawn.labels, each)),
             "held_out": quantiles(nearest_other(restored, validation.labels, each)),
+        },
+        "effective_dimensions": {
+            "pictures": each,
+            "drawn": effective_dimensions(drawn.features, drawn.labels, each),
+            "held_out": effective_dimensions(restored, validation.labels, each),
         },
     }
     return figures, law, drawn, which
@@ -202,7 +209,8 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
     lines = []
     if report is not None:
         ceiling, settings = report["ceiling"], report["settings"]
-        distance = report["distance"]
+        distance, apart = report["distance"], report["nearest_of_its_class"]
+        dimensions = report["effective_dimensions"]
         lines = [
             f"| {report['pictures']:,} pictures against {ceiling['pictures']:,} of "
             f"{', '.join(report['data'])} | drawn | real, through the autoencoder |",
@@ -213,6 +221,10 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
             f"{distance['high']:.1f}] | {ceiling['distance']:.1f} |",
             f"| mean distance of two pictures of a class | {report['diversity']:.2f} "
             f"| {ceiling['diversity']:.2f} |",
+            f"| distance to the nearest other of its class (of {apart['pictures']}), median "
+            f"| {apart['drawn']['q0.5']:.2f} | {apart['held_out']['q0.5']:.2f} |",
+            f"| effective dimensions of a class | {dimensions['drawn']:.1f} "
+            f"| {dimensions['held_out']:.1f} |",
             "",
             f"Guidance {settings['guidance']:g}, temperature {settings['temperature']:g}, "
             f"{report['decoder']} decoder, {report['dtype']}, weights rounded to FP16, torch "

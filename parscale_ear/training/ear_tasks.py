@@ -32,6 +32,7 @@ CLASSES_SHOWN = 10
 GUIDANCE_SHOWN = 2.0
 FITTED = 256  # real pictures, about, that give the scale of what the critic sees
 CRITIC_WARMUP = 300  # steps before the critic's verdict counts in full
+PAIR = 2  # pictures that go on from the same beginning
 LARGE_EVERY = 4  # steps, of which Lite0 sees one's pictures at its larger size
 
 
@@ -105,8 +106,14 @@ class EARTask(Stateless):
         """Mean energy score a band."""
         return self.tokens_loss(step, self.recipe.batch)
 
-    def tokens_loss(self, step: int, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean energy score a band of ``batch`` latents, and by scale."""
+    def tokens_loss(
+        self, step: int, batch: int, *, by_scale: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean energy score a band of ``batch`` latents, and by scale.
+
+        With ``by_scale`` all scales count alike: the first one's single token as much as the many
+        of a last one.
+        """
         recipe, device = self.recipe, self.world.device
         drawn = draw(step, len(self.store), replace(recipe, batch=batch), self.world)
         side = drawn.mirrored.long() % self.store.latents.shape[1]
@@ -126,8 +133,9 @@ class EARTask(Stateless):
         )
         if self.streams is None:
             parts = [part.flatten(1) for part in scores]
-            figures = {f"scale{k}": part.detach().mean() for k, part in enumerate(parts)}
-            return torch.cat(parts, dim=1).mean(), figures
+            means = torch.stack([part.mean() for part in parts])
+            figures = {f"scale{k}": mean for k, mean in enumerate(means.detach())}
+            return means.mean() if by_scale else torch.cat(parts, dim=1).mean(), figures
         # The streams' own scores count too, so that diverse mode draws well, and the first
         # stream alone can speak for "no label".
         both = torch.cat([part.flatten(2) for part in scores], dim=2)  # (B, 1 + P, ...)
@@ -246,8 +254,24 @@ class PicturesTask(EARTask):
             loss = loss + recipe.adversarial_weight * verdict
             figures["verdict"] = verdict.detach()
             figures["told_apart"] = self.adversary.told_apart
-        tokens, _ = self.tokens_loss(step, recipe.picture_batch)
+        if recipe.picture_pairs:
+            pairs = self._continued(rng, size, step, chance)
+            loss, figures["pairs"] = loss + pairs, pairs.detach()
+        tokens, _ = self.tokens_loss(step, recipe.picture_batch, by_scale=True)
         return loss + tokens, {**figures, "tokens": tokens.detach()}
+
+    def _continued(
+        self, rng: np.random.Generator, size: int, step: int, chance: torch.Generator
+    ) -> Tensor:
+        """Score of pictures that go on from the first scales of real ones."""
+        pyramid, count = self.generator.pyramid, self.recipe.picture_pairs
+        numbers = rng.integers(len(self.store), size=count)
+        real = self._real(numbers, rng, size, chance)
+        given = int(rng.integers(1, len(pyramid.scales)))
+        known = [part.repeat(PAIR, 1, 1) for part in pyramid.encode(real.latents)[:given]]
+        labels = self.store.labels[torch.from_numpy(numbers)].repeat(PAIR).to(self.world.device)
+        latents = self.generator.draw_with_gradient(labels, self.random(step, 2), known)
+        return self.score.continued(self.score.look(latents, size, chance), real)
 
     @torch.no_grad()
     def _real(

@@ -4,8 +4,9 @@ The score of :mod:`parscale_ear.generator.energy` teaches every band what may fo
 nothing there asks whether the tokens of one pass belong together, or what a draw looks like that
 was made from draws. Here a generator draws freely, and its pictures of a class are scored as one
 sample of that class against all real ones: in pooled features of EfficientNet-Lite0 at two sizes,
-in the latent, in the latent's 2×2 patches, and in 16×16 pixels. Every term is an energy score, so
-each is smallest for the true law of what it looks at. Matching a law in a pretrained network's
+in the latent, in the latent's 2×2 patches, and in 16×16 pixels. And it goes on from the first scales
+of a real picture, twice, and both ends are scored against that picture. Every term is an energy
+score, so each is smallest for the true law of what it looks at. Matching a law in a pretrained network's
 features is after Santos et al., "Learning Implicit Generative Models by Matching Perceptual
 Features" (ICCV 2019), with means and deviations in place of an energy score. Lite0 takes part in
 training, so it must not judge the result.
@@ -33,14 +34,15 @@ from torch.nn import functional as F
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.generator.energy import energy_score
 from parscale_ear.training.lite_maps import LiteMaps
 
 SIZES = (1.0, 1.375)  # of the pictures that Lite0 sees, in their own side
 SMALL = 16  # side of the small pictures, pixels
 PATCH = 2  # side of the latent's patches
 DRAWN_PATCHES, REAL_PATCHES = 256, 768  # a class and step
-MAP_WEIGHT, LAST_WEIGHT = 0.25, 1.0  # of a feature map's moments, and of the last one's
-LATENT_WEIGHT = PATCH_WEIGHT = SMALL_WEIGHT = 1.0
+# Of a feature map's moments, of the last one's, and of the rest.
+WEIGHTS = {"maps": 0.25, "last": 1.0, "latent": 1.0, "patch": 1.0, "small": 1.0}
 RANGE_WEIGHT = 2.0  # of what leaves [−1, 1], squared
 CLASSIFIER_STEPS, CLASSIFIER_DECAY = 60, 1e-2  # of fitting the classifier
 PIXEL_NOISE = 0.03  # deviation, on real and drawn: no fine pattern of a few grey levels may count
@@ -138,7 +140,7 @@ class PictureScore(nn.Module):
         """A size, a map: (N, D) features of all real pictures."""
         looked_at = {
             "latents": checkpoint.digest({"latents": latents}),
-            "autoencoder": self.autoencoder.latent_fingerprint(),
+            "autoencoder": checkpoint.digest(self.autoencoder.state_dict()),
             "sizes": list(SIZES),
             "seen": [PIXEL_NOISE, SHIFT, BRIGHTNESS, SATURATION, CONTRAST],
         }
@@ -232,13 +234,39 @@ class PictureScore(nn.Module):
             _classify(self.classifiers[seen.size], features[-1]), labels
         )
         parts["range"] = F.relu(seen.pictures.float().abs() - 1).square().mean()
-        weights = {
-            "maps": MAP_WEIGHT, "last": LAST_WEIGHT, "latent": LATENT_WEIGHT,
-            "patch": PATCH_WEIGHT, "small": SMALL_WEIGHT, "range": RANGE_WEIGHT,
-            "class": self.class_weight,
-        }  # fmt: skip
+        weights = {**WEIGHTS, "range": RANGE_WEIGHT, "class": self.class_weight}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return total, parts
+
+    def continued(self, drawn: Seen, real: Seen) -> Tensor:
+        """Scores draws that go on from what is known of a picture against that picture.
+
+        A set of draws is scored as well by a handful of pictures that come again and again as by
+        as many as there are real ones, nearly: among so many numbers a repetition costs little.
+        Two draws from the same beginning must lie as far apart as each lies from the truth.
+
+        Args:
+            drawn: M draws of each of B pictures, (M · B), M ≥ 2: of all pictures, then again.
+            real: of the B pictures, seen at the same size.
+
+        Returns:
+            The weighted sum, a scalar.
+        """
+        ours, theirs = (
+            [
+                *self._normalised(_moments(seen), seen.size),
+                _flat(seen.latents),
+                _small(seen.pictures.clamp(-1, 1)),
+            ]
+            for seen in (drawn, real)
+        )
+        count = len(real.latents)
+        found = [
+            energy_score(own.unflatten(0, (-1, count)), target).mean()
+            for own, target in zip(ours, theirs, strict=True)
+        ]
+        names = [*["maps"] * (len(found) - 3), "last", "latent", "small"]
+        return torch.stack([WEIGHTS[n] * part for n, part in zip(names, found, strict=True)]).sum()
 
 
 def _moments(seen: Seen) -> list[Tensor]:

@@ -4,7 +4,9 @@
 
 The figures are those of the rounded weights, in FP32, by the protocol that tokenizers are compared
 by: short side to 256 by Lanczos, centre crop, 8-bit reconstruction of the posterior's mode, PSNR
-and SSIM a picture, then the mean.
+and SSIM a picture, then the mean. Beside them stand MS-SSIM, HaarPSI and the Fréchet distance to
+the originals in features of EfficientNet-Lite1, which took no part in training; with
+``--training``, also the mean and deviation of the latent's channels over the training pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,8 +24,10 @@ from tqdm import tqdm
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
-from parscale_ear.data.images import find_images, load_squares
-from parscale_ear.metrics.reconstruction import mean_quality
+from parscale_ear.data.images import find_images, from_uint8, load_squares
+from parscale_ear.metrics.features import FeatureChoice, FeatureExtractor, load_extractor
+from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.reconstruction import similarities
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import SHARP_KEEPS, named_release
@@ -31,29 +36,74 @@ from parscale_ear.training.recipe import SHARP_KEEPS, named_release
 SHARED = {"hybrid": (), "sharp": ("encoder", *SHARP_KEEPS), "baseline": ("encoder",)}
 NAMES = {"hybrid": "faithful", "sharp": "sharp", "baseline": "baseline (no hybrid)"}
 CARD = "README.md"
+JUDGE: FeatureChoice = "efficientnet-lite1"  # Lite0 took part in the sharp decoder's training
+BATCH = 16  # pictures at a time
 BEGIN, END = "<!-- figures: written by parscale_ear.training.release -->", "<!-- /figures -->"
 
 
-def measure(model: ParScaleEAR, pictures: Tensor, name: str) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM over 8-bit pictures, (N, 3, 256, 256), in the model's dtype."""
+def measure(
+    model: ParScaleEAR, pictures: Tensor, extractor: FeatureExtractor, name: str
+) -> dict[str, Any]:
+    """Mean similarities over 8-bit pictures, (N, 3, 256, 256), and the distance to them."""
     with tqdm(total=len(pictures), desc=name) as bar:
         restored = reconstruct_pictures(model, pictures, progress=bar.update)
-    return {key: round(value, 4) for key, value in mean_quality(restored, pictures).items()}
+    laws = [
+        np.concatenate([extractor(part).numpy() for part in side.split(BATCH)])
+        for side in (restored, pictures)
+    ]
+    return {
+        **{k: round(float(v.mean()), 4) for k, v in similarities(restored, pictures).items()},
+        "distance": round(frechet_distance(*laws), 2),
+        "distance_name": extractor.distance,
+    }
 
 
-def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
+@torch.inference_mode()
+def latent_statistics(model: ParScaleEAR, sources: Sequence[str]) -> dict[str, Any]:
+    """Least and largest mean and deviation of a latent channel over pictures (256×256 squares).
+
+    Raises:
+        ImageError: no pictures.
+    """
+    pictures = load_squares(find_images(sources))
+    channels = model.config.litevae.latent_channels
+    total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
+    count = 0
+    with tqdm(total=len(pictures), desc="latents") as bar:
+        for part in pictures.split(BATCH):
+            latent = model.encode(from_uint8(part)).mode().double().transpose(0, 1).flatten(1)
+            total += latent.sum(1)
+            squares += latent.square().sum(1)
+            count += latent.shape[1]
+            bar.update(len(part))
+    mean = total / count
+    deviation = (squares / count - mean.square()).sqrt()
+    return {
+        "data": [Path(path).name for path in sources],
+        "pictures": len(pictures),
+        "mean": [round(float(edge), 3) for edge in (mean.min(), mean.max())],
+        "deviation": [round(float(edge), 3) for edge in (deviation.min(), deviation.max())],
+    }
+
+
+def release(
+    run: Path, validation: Sequence[str], out: Path, training: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Writes ``out/{hybrid,sharp,baseline}.safetensors`` and the figures of ``out/README.md``.
 
     Args:
         run: the folder of a finished run.
         validation: pictures to measure on: files, folders or tar archives.
         out: folder for the weights; its card must hold the two marks.
+        training: pictures of the training, over which the latent's statistics are taken; may be
+            none.
 
     Returns:
         The training facts that each header carries.
 
     Raises:
         CheckpointError: the run is not finished, or damaged.
+        FeatureError: the extractor cannot be had.
         ImageError: no pictures.
         ValueError: the models do not share one latent space, or the card lacks its marks.
     """
@@ -63,10 +113,14 @@ def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[s
     headers = {name: checkpoint.load(run / f"{name}.safetensors")[1] for name in SHARED}
     if len({header.get("latent_fingerprint") for header in headers.values()}) > 1:
         raise ValueError("the models do not share one latent space; they are of different runs")
+    extractor, _ = load_extractor(JUDGE)
     facts: dict[str, dict[str, Any]] = {}
+    shipped = [stage for name in SHARED for stage in _history(out / f"{name}.safetensors")]
     for header in headers.values():
         for stage in header["training"]["history"]:
-            stage.setdefault("release", __version__)  # this one, where it was not shipped before
+            # Weights up to 0.5 did not say of which release their stages are.
+            new = __version__ if stage not in shipped else named_release(stage)[1]
+            stage.setdefault("release", new)
     for name, shared in SHARED.items():
         model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
         facts[name] = {
@@ -76,9 +130,11 @@ def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[s
                 "pictures": len(pictures),
                 "side": 256,
                 "precision": "float32",
-                **measure(model, pictures, name),
+                **measure(model, pictures, extractor, name),
             },
         }
+        if training and not shared:
+            facts[name]["latent"] = latent_statistics(model, training)
         model.save_pretrained(
             out / f"{name}.safetensors",
             dtype=torch.float16,
@@ -90,26 +146,41 @@ def release(run: Path, validation: Sequence[str], out: Path) -> dict[str, dict[s
     return facts
 
 
+def _history(path: Path) -> list[Mapping[str, Any]]:
+    """The stages of weights that are there already."""
+    history: list[Mapping[str, Any]] = []
+    if path.exists():
+        history = checkpoint.load(path)[1].get("training", {}).get("history", [])
+    return history
+
+
 def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
     """The card's text with its figures replaced.
 
     Raises:
         ValueError: the card lacks its marks.
     """
-    lines = ["| weights | decoder | PSNR, dB | SSIM |", "|---|---|---|---|"]
-    for name, row in facts.items():
-        figures = row["validation"]
-        lines.append(
-            f"| `{name}.safetensors` | {NAMES[name]} | {figures['psnr_db']:.2f} "
-            f"| {figures['ssim']:.4f} |"
-        )
+    lines = []
     if facts:
-        figures = next(iter(facts.values()))["validation"]
+        first = next(iter(facts.values()))
+        figures = first["validation"]
+        lines += [
+            f"| weights | decoder | PSNR, dB | SSIM | MS-SSIM | HaarPSI | {figures['distance_name']} |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, row in facts.items():
+            found = row["validation"]
+            lines.append(
+                f"| `{name}.safetensors` | {NAMES[name]} | {found['psnr_db']:.2f} "
+                + "".join(f"| {found[key]:.4f} " for key in ("ssim", "ms_ssim", "haarpsi"))
+                + f"| {found['distance']:.1f} |"
+            )
         lines += [
             "",
             f"Measured on {figures['pictures']} pictures of {', '.join(figures['data'])} at "
             f"{figures['side']}×{figures['side']}, {figures['precision']}, weights rounded to "
-            "FP16.",
+            "FP16. A distance between so few pictures compares models on them, and nothing else.",
+            *(_latent_lines(first["latent"]) if "latent" in first else ()),
             "",
             "Every stage goes on from the one above it, baseline and sharp from hybrid:",
             "",
@@ -137,14 +208,31 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
     return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
 
 
+def _latent_lines(latent: Mapping[str, Any]) -> list[str]:
+    mean, deviation = latent["mean"], latent["deviation"]
+    return [
+        "",
+        f"Over the {latent['pictures']:,} pictures of {', '.join(latent['data'])}, 256×256, a channel "
+        f"of the latent has a mean of {mean[0]:.3f} to {mean[1]:.3f} and a deviation of "
+        f"{deviation[0]:.3f} to {deviation[1]:.3f}.",
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     add_pictures(parser, "--validation")
+    parser.add_argument(
+        "--training", nargs="+", default=[], metavar="DIR_OR_TAR",
+        help="pictures of the training, for the latent's statistics",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("parscale_ear/weights"))
     arguments = parser.parse_args(argv)
-    facts = attempt("release", lambda: release(arguments.run, arguments.validation, arguments.out))
+    facts = attempt(
+        "release",
+        lambda: release(arguments.run, arguments.validation, arguments.out, arguments.training),
+    )
     if facts is None:
         return FAILED
     for variant, row in facts.items():

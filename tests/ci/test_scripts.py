@@ -242,6 +242,24 @@ class TestTargets:
             lowered = [t for t in targets if "sharp − faithful" in t.name]
             assert [t.status for t in lowered] == [expected]
 
+    def test_the_cards_bars_are_judged_in_full_runs(self) -> None:
+        def facts(psnr: float, distance: float) -> dict[str, Any]:
+            row = {"ssim": 0.8, "pictures": 9, "data": ["x.tar"], "distance_name": "FD"}
+            return {
+                "faithful": {**row, "psnr_db": psnr, "distance": 10.0},
+                "sharp": {**row, "psnr_db": 26.0, "distance": distance},
+            }
+
+        def statuses(psnr: float, distance: float, quick: bool = False) -> list[str]:
+            found = ci.fid_eval.card_targets(facts(psnr, distance), quick=quick)
+            return [target.status for target in found]
+
+        assert statuses(27.5, 6.0) == ["PASS"] * 4
+        assert statuses(27.3, 6.6) == ["MISSED", "PASS", "PASS", "MISSED"]
+        assert set(statuses(27.3, 6.6, quick=True)) == {"SKIPPED"}
+        shipped = ci.fid_eval.card_targets(ci.fid_eval.shipped_facts(), quick=False)
+        assert all(target.why.endswith(".tar") for target in shipped)
+
     def test_the_hybrids_worth_needs_an_interval_below_0(self) -> None:
         def evidence(high: float) -> dict[str, Any]:
             row = {"clean": {"minus_hybrid": {"value": -1.0, "low": -2.0, "high": high}}}

@@ -394,3 +394,29 @@ def test_draws_with_gradient_are_the_plain_draws(channels: int) -> None:
     taped.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without, "every weight has a part in what is drawn"
+
+
+def test_a_draw_goes_on_from_known_scales() -> None:
+    model = build(CONFIG)
+    labels = torch.tensor([0, 2])
+    whole = model.draw_with_gradient(labels, generator=seeded()).detach()
+    tokens = model.pyramid.encode(whole)
+    for given in range(1, len(tokens)):
+        found = model.draw_with_gradient(labels, seeded(), tokens[:given])
+        again = model.pyramid.encode(found)
+        for part, known in zip(again[:given], tokens[:given], strict=True):
+            torch.testing.assert_close(part, known, atol=1e-4, rtol=1e-4)
+        assert not any(
+            torch.allclose(a, b) for a, b in zip(again[given:], tokens[given:], strict=True)
+        )
+        assert found.requires_grad
+    # What follows is drawn as if the model had drawn what is known.
+    hidden = []
+    hook = model.transformer.register_forward_hook(lambda _m, _a, out: hidden.append(out.detach()))
+    model.draw_with_gradient(labels, generator=seeded())
+    drawn = [*hidden]
+    hidden.clear()
+    model.draw_with_gradient(labels, seeded(), tokens[:-1])
+    hook.remove()
+    for a, b in zip(drawn, hidden, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

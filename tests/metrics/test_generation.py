@@ -11,6 +11,7 @@ from parscale_ear.metrics.frechet import Gaussian, frechet_distance
 from parscale_ear.metrics.generation import (
     FeatureStatistics,
     class_hits,
+    effective_dimensions,
     nearest,
     quantiles,
     share,
@@ -63,6 +64,20 @@ def test_share_has_wilsons_interval() -> None:
     assert found.value == 0.8
     assert found.low == pytest.approx((middle - half) / (1 + z * z / n), rel=1e-5)
     assert found.high == pytest.approx((middle + half) / (1 + z * z / n), rel=1e-5)
+
+
+def test_effective_dimensions_tell_repeated_pictures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    round_ones = torch.randn(400, 5, generator=generator) * 3 + 7
+    assert effective_dimensions(round_ones, labels, 200) == pytest.approx(5, rel=0.05)
+    line = torch.randn(400, 1, generator=generator) * torch.ones(1, 5)
+    assert effective_dimensions(line, labels, 200) == pytest.approx(1, rel=1e-4)
+    wide = torch.randn(400, 100, generator=generator)
+    few = wide[:6].repeat(67, 1)[:400]  # of each class three pictures, again and again
+    assert effective_dimensions(few, labels, 200) <= 2.0
+    assert effective_dimensions(wide, labels, 200) > 50
+    assert effective_dimensions(wide, labels, 4) <= 3  # only the first of each are looked at
 
 
 def test_nearest_finds_a_copy() -> None:

@@ -204,6 +204,12 @@ def check_what_is_near(
                 rest = torch.cat((three[:n], three[n + 1 :]))
                 least.append(float((rest - three[n]).norm(dim=1).min()))
         assert kin[name]["q0.5"] == pytest.approx(float(np.quantile(least, 0.5)), rel=1e-3)
+        ratios = []
+        for k in range(10):
+            law = np.linalg.eigvalsh(np.cov(features[of == k][:3].double().numpy().T))
+            ratios.append(law.sum() ** 2 / (law**2).sum())
+        found = report["effective_dimensions"]
+        assert (found["pictures"], found[name]) == (3, pytest.approx(np.mean(ratios), rel=1e-3))
 
 
 def test_evenly_takes_the_classes_in_turn_and_all_over() -> None:

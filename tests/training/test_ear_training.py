@@ -20,8 +20,10 @@ from parscale_ear.cli import main
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training import ear_tasks
+from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.ear import load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
+from parscale_ear.training.ear_tasks import EARTask
 from parscale_ear.training.loop import TrainingError, read_log
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
@@ -120,6 +122,44 @@ def test_the_critic_takes_part_where_it_has_weight(
         assert bool(critic) == bool(weight)
         found[weight] = tensors["model.transformer.start"]
     assert not torch.equal(found[0.0], found[50.0])
+
+
+def test_pairs_take_part_where_there_are_some(
+    recipe: EARRecipe, trained: Path, tmp_path: Path
+) -> None:
+    start, found = str(trained / "ear.safetensors"), {}
+    for pairs in (0, 2):
+        out = tmp_path / str(pairs)
+        asked = replace(
+            recipe,
+            start=start,
+            minutes=0,
+            steps=None,
+            streams=(),
+            picture_pairs=pairs,
+            picture_rate=0.01,
+        )
+        assert train_ear(asked, out)
+        found[pairs] = checkpoint.load(out / "pictures" / "checkpoint.safetensors")[0]
+    names = [name for name in found[0] if name.startswith("model.")]
+    assert names
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in names)
+
+
+def test_scales_count_alike_where_asked(recipe: EARRecipe, latents: Path) -> None:
+    autoencoder = ParScaleEAR.from_pretrained()
+    store, held_out, classes = load_latents(recipe, autoencoder.latent_fingerprint())
+    channels, side = store.latents.shape[2:4]
+    model = EnergyAR(recipe.config(classes, channels=channels, side=side)).attach(autoencoder)
+    world = OneProcess(torch.device("cpu"))
+    task = EARTask(model, store, held_out, recipe, Path(), world)
+    by_token, figures = task.tokens_loss(0, 4)
+    by_scale, _ = task.tokens_loss(0, 4, by_scale=True)
+    means = [float(figures[f"scale{k}"]) for k in range(len(figures))]
+    bands = [1 if scale.level == 0 else 3 * len(scale.cells) for scale in model.pyramid.scales]
+    assert float(by_scale.detach()) == pytest.approx(np.mean(means), rel=1e-5)
+    assert float(by_token.detach()) == pytest.approx(np.average(means, weights=bands), rel=1e-5)
+    assert float(by_scale.detach()) != pytest.approx(float(by_token.detach()), rel=1e-3)
 
 
 def test_training_learns_the_classes(recipe: EARRecipe, tmp_path: Path) -> None:
@@ -274,6 +314,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"steps": None}, "minutes or steps"),
         ({"steps": None, "minutes": 0}, "weights to start"),
         ({"picture_draws": 1}, "picture_draws"),
+        ({"picture_pairs": -1}, "picture_pairs"),
         ({"picture_minutes": -1.0}, "picture_minutes"),
         ({"picture_rate": 0.0}, "picture_rate"),
         ({"critic_rate": 0.0}, "critic_rate"),

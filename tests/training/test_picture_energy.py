@@ -16,6 +16,7 @@ from parscale_ear.training.picture_energy import (
     SHIFT,
     SIZES,
     PictureScore,
+    Seen,
     _changed,
     ensemble_score,
 )
@@ -99,6 +100,39 @@ def test_real_and_drawn_pictures_are_seen_alike(score: PictureScore, latents: Te
     torch.testing.assert_close(parts["last"], expected, atol=1e-5, rtol=1e-3)
 
 
+def test_two_ends_of_one_beginning_are_scored_against_its_own_end(
+    score: PictureScore, latents: Tensor
+) -> None:
+    """A proper score: apart is better than alike, and near the truth better than far from it."""
+    with torch.no_grad():
+        seen = score.look(latents, 0, torch.Generator().manual_seed(0))
+
+        def of(drawn: list[int], real: list[int]) -> float:
+            ours, theirs = (
+                Seen(seen.latents[k], seen.pictures[k], [m[k] for m in seen.maps], 0)
+                for k in (drawn, real)
+            )
+            return float(score.continued(ours, theirs))
+
+        real = [0, 6]
+        apart, first, second = of([1, 7, 2, 8], real), of([1, 7, 1, 7], real), of([2, 8, 2, 8], real)  # fmt: skip
+        assert apart < (first + second) / 2 - 0.05, (
+            "two draws that are one and the same gain nothing"
+        )
+        assert of([0, 6, 0, 6], real) == pytest.approx(0, abs=1e-3)
+        assert apart < of([7, 1, 8, 2], real), "draws of one picture do not answer for another"
+
+
+def test_ends_know_how_their_score_depends_on_them(score: PictureScore, latents: Tensor) -> None:
+    drawn = latents[[1, 7, 2, 8]].clone().requires_grad_()
+    with torch.no_grad():
+        real = score.look(latents[[0, 6]], 1)
+    score.continued(score.look(drawn, 1), real).backward()
+    assert drawn.grad is not None
+    assert torch.isfinite(drawn.grad).all()
+    assert drawn.grad.flatten(1).any(1).all()
+
+
 def test_a_class_without_latents(latents: Tensor) -> None:
     with pytest.raises(ValueError, match="no latents of the classes 1"):
         PictureScore(ParScaleEAR.from_pretrained(), latents[:6], torch.tensor([0] * 5 + [2]))
@@ -117,6 +151,10 @@ def test_what_was_seen_is_kept(latents: Tensor, score: PictureScore, tmp_path: P
     assert cache.stat().st_mtime_ns != written
     assert not torch.equal(other.real[0][0][0], first.real[0][0][0])
     assert total(first, latents, LABELS) == pytest.approx(total(score, latents, LABELS), abs=1e-5)
+    written = cache.stat().st_mtime_ns
+    sharp = ParScaleEAR.from_pretrained(decoder="sharp")  # of the same latents
+    PictureScore(sharp, latents.flip(0), LABELS, cache=cache)
+    assert cache.stat().st_mtime_ns != written
 
 
 def test_lite0_sees_pictures_changed_and_keeps_their_gradient(

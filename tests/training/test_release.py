@@ -8,6 +8,10 @@ import torch
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
+from parscale_ear.data.images import find_images, from_uint8, load_squares
+from parscale_ear.metrics.features import load_extractor
+from parscale_ear.metrics.frechet import frechet_distance
 from parscale_ear.training import release
 from parscale_ear.training.autoencoder import train_autoencoder
 from parscale_ear.training.recipe import Recipe, named_release
@@ -61,6 +65,20 @@ def test_stages_are_labelled_by_their_release(
     assert labels == ["| vae (0.7)", "| hybrid (0.7)", "| vae", "| hybrid", "| sharp", "| baseline"]
 
 
+def test_stages_that_shipped_without_a_label_are_of_05(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of 0.5 lack the label; some of their files may ship again."""
+    out = tmp_path / "out"
+    shutil.copytree(run, out)  # a run's files have no label, as those had none
+    (out / "README.md").write_text(CARD)
+    monkeypatch.setattr(release, "__version__", "0.6.0")
+    assert release.main([str(run), "--validation", str(run.parent), "--out", str(out)]) == 0
+    for name in release.SHARED:
+        stages = checkpoint.load(out / f"{name}.safetensors")[1]["training"]["history"]
+        assert {stage["release"] for stage in stages} == {"0.5"}
+
+
 def test_the_names_of_stages_up_to_05() -> None:
     assert named_release({"stage": "vae (0.3)"}) == ("vae", "0.3")
     assert named_release({"stage": "vae"}) == ("vae", "0.5")
@@ -69,9 +87,19 @@ def test_the_names_of_stages_up_to_05() -> None:
 
 def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD)
-    options = ["--validation", str(run.parent), "--out", str(tmp_path)]
+    source = str(run.parent)
+    options = ["--validation", source, "--training", source, "--out", str(tmp_path)]
     assert release.main([str(run), *options]) == 0
     card = (tmp_path / "README.md").read_text()
+    whole = ParScaleEAR.from_pretrained(tmp_path / "hybrid.safetensors")
+    squares = load_squares(find_images([source]))
+    with torch.inference_mode():
+        latent = whole.encode(from_uint8(squares)).mode().transpose(0, 1).flatten(1)
+    mean, deviation = latent.mean(1), latent.std(1, correction=0)
+    assert (
+        f"a channel of the latent has a mean of {mean.min():.3f} to {mean.max():.3f} and a "
+        f"deviation of {deviation.min():.3f} to {deviation.max():.3f}."
+    ) in card
     for name, label in release.NAMES.items():
         path = tmp_path / f"{name}.safetensors"
         tensors, header = checkpoint.load(path)
@@ -84,6 +112,10 @@ def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> 
         assert figures["precision"] == "float32"
         row = f"| `{name}.safetensors` | {label} | {figures['psnr_db']:.2f} "
         assert row in card
+        restored = reconstruct_pictures(model, squares)
+        laws = [load_extractor("efficientnet-lite1")[0](x).numpy() for x in (restored, squares)]
+        assert figures["distance"] == pytest.approx(frechet_distance(*laws), rel=1e-3)
+        assert figures["distance_name"] == "FD-EfficientNetLite1"
     stages = [stage["stage"] for stage in header["training"]["history"]]
     assert stages == ["vae", "hybrid", "baseline"]
     for stage in ("vae", "hybrid", "baseline", "sharp"):
