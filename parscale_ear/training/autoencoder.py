@@ -28,6 +28,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.blocks import ResidualBlock
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import resolve
+from parscale_ear.autoencoder.litevae import PACKET_LEVELS
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import load_squares
@@ -46,6 +47,7 @@ from parscale_ear.training.recipe import (
 )
 
 log = logging.getLogger(__name__)
+CENTRE_STEPS, CENTRE_BATCH = 32, 16  # of crops over which the sharp decoder's colours are centred
 CACHE_GIB = 4.0  # memory for decoded pictures, of all processes together
 
 
@@ -106,10 +108,28 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
             plot_curves(out)
             averaged = run.average
             assert isinstance(averaged, ParScaleEAR)
+            if stage == "sharp":
+                centre_colours(averaged, crops)
             facts = _facts(stage, recipe, run, crops, len(pictures), history)
             averaged.save_pretrained(out / f"{stage}.safetensors", training=facts)
         world.wait()
     return True
+
+
+@torch.no_grad()
+def centre_colours(model: ParScaleEAR, crops: RandomCrops) -> None:
+    """Takes the mean error of each colour over training crops off the decoder's output.
+
+    Losses of features and of a critic hardly see that a whole picture is a little too warm.
+    """
+    device, mean = next(model.parameters()).device, torch.zeros(3, dtype=torch.float64)
+    for step in range(CENTRE_STEPS):
+        images = crops.batch(step, CENTRE_BATCH).to(device)
+        mean += (model(images) - images).double().mean((0, 2, 3)).cpu() / CENTRE_STEPS
+    bias = model.decoder.bands2.bias
+    assert bias is not None
+    # A pixel is its packet's low band over 2 a level of the transform.
+    bias[:3] -= (2**PACKET_LEVELS * mean).to(bias)
 
 
 def _source(stage: str, out: Path, recipe: Recipe) -> str | Path | None:

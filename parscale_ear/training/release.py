@@ -11,6 +11,7 @@ the originals in features of EfficientNet-Lite1, which took no part in training;
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,12 +116,11 @@ def release(
         raise ValueError("the models do not share one latent space; they are of different runs")
     extractor, _ = load_extractor(JUDGE)
     facts: dict[str, dict[str, Any]] = {}
-    shipped = [stage for name in SHARED for stage in _history(out / f"{name}.safetensors")]
+    # Weights up to 0.5 did not say of which release their stages are; these may ship again.
+    earlier = {_unlabelled(s): named_release(s)[1] for n in SHARED for s in _history(out, n)}
     for header in headers.values():
         for stage in header["training"]["history"]:
-            # Weights up to 0.5 did not say of which release their stages are.
-            new = __version__ if stage not in shipped else named_release(stage)[1]
-            stage.setdefault("release", new)
+            stage.setdefault("release", earlier.get(_unlabelled(stage), __version__))
     for name, shared in SHARED.items():
         model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
         facts[name] = {
@@ -146,9 +146,15 @@ def release(
     return facts
 
 
-def _history(path: Path) -> list[Mapping[str, Any]]:
+def _unlabelled(stage: Mapping[str, Any]) -> str:
+    """What a stage is, whether or not it says of which release."""
+    return json.dumps({k: v for k, v in stage.items() if k != "release"}, sort_keys=True)
+
+
+def _history(folder: Path, name: str) -> list[Mapping[str, Any]]:
     """The stages of weights that are there already."""
     history: list[Mapping[str, Any]] = []
+    path = folder / f"{name}.safetensors"
     if path.exists():
         history = checkpoint.load(path)[1].get("training", {}).get("history", [])
     return history
@@ -190,10 +196,11 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
         stages: list[Mapping[str, Any]] = []
         for row in facts.values():
             stages += [stage for stage in row["history"] if stage not in stages]
+        newest = max((named_release(stage)[1] for stage in stages), key=_order)
         for stage in stages:
             weights = ", ".join(f"{k} {v:g}" for k, v in stage["loss_weights"].items())
             name, release = named_release(stage)
-            earlier = "" if release == named_release(stages[-1])[1] else f" ({release})"
+            earlier = "" if release == newest else f" ({release})"
             lines.append(
                 f"| {name}{earlier} | {stage['trains']} | {stage['pictures']:,} "
                 f"| {stage['steps']:,} "
@@ -206,6 +213,10 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             f"Autocast {last['precision']}, torch {last['torch']}, seed {last['seed']}.",
         ]
     return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
+
+
+def _order(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
 
 
 def _latent_lines(latent: Mapping[str, Any]) -> list[str]:

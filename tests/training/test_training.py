@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from parscale_ear import checkpoint
@@ -23,7 +25,13 @@ from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import find_images, from_uint8
 from parscale_ear.metrics.reconstruction import ssim
-from parscale_ear.training.autoencoder import grown, train_autoencoder
+from parscale_ear.training.autoencoder import (
+    CENTRE_BATCH,
+    CENTRE_STEPS,
+    centre_colours,
+    grown,
+    train_autoencoder,
+)
 from parscale_ear.training.autoencoder_task import AutoencoderTask, CropsAhead
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.loop import (
@@ -450,3 +458,26 @@ def test_killed_at_any_moment_it_resumes_exactly(folder_of_pictures: Path, tmp_p
         steps = [line["step"] for line in read_log(parts / stage) if "loss" in line]
         assert steps == list(range(1, len(steps) + 1))
     assert json.loads((parts / "recipe.json").read_text())["steps"] == 60
+
+
+def test_colours_are_centred_over_training_crops(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        small = rng.integers(60, 200, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(
+            tmp_path / f"{index}.png"
+        )
+    crops = RandomCrops(find_images([tmp_path]), side=32, seed=3)
+    model = ParScaleEAR.from_pretrained(decoder="sharp").eval()
+    with torch.no_grad():
+        model.decoder.bands2.bias[:3] += torch.tensor([0.4, 0.0, -0.2])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images = torch.cat([crops.batch(step, CENTRE_BATCH) for step in range(CENTRE_STEPS)])
+    with torch.no_grad():
+        tinted = (model(images) - images).mean((0, 2, 3))
+        centre_colours(model, crops)
+        error = (model(images) - images).mean((0, 2, 3))
+    assert tinted.abs().max() > 0.05
+    torch.testing.assert_close(error, torch.zeros(3), atol=1e-5, rtol=0)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["decoder.bands2.bias"]
