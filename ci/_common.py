@@ -96,7 +96,11 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--output", type=Path, default=Path("results") / output)
-    result.add_argument("--quick", action="store_true", help="fewer samples, no verdict on timings")
+    result.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer samples, and no verdict on timings and on trainings compared on record",
+    )
     return result
 
 

@@ -58,12 +58,15 @@ def training_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
     return targets
 
 
-def judged_targets(evidence: Mapping[str, Any] | None, weights: str) -> list[ci.Target]:
+def judged_targets(
+    evidence: Mapping[str, Any] | None, weights: str, decoder: str
+) -> list[ci.Target]:
     """Whether the shipped generator met its bars when it was judged on the validation pictures.
 
     Args:
         evidence: what ``ear_release`` wrote.
         weights: SHA-256 of the weights that ship.
+        decoder: SHA-256 of the decoder that ships for what they draw.
     """
     accuracy = "judged pictures put into their own class"
     apart = "nearest 1 % to a training picture: drawn over held-out real pictures, distance"
@@ -73,6 +76,8 @@ def judged_targets(evidence: Mapping[str, Any] | None, weights: str) -> list[ci.
         why = "no judgement on record"
     elif evidence["weights_sha256"] != weights:
         why = "the judgement on record is of other weights"
+    elif evidence.get("decoder_sha256") != decoder:
+        why = "the judgement on record is of another decoder"
     if why or evidence is None:
         return [ci.skipped(name, why, limit) for name, limit in limits.items()]
     row, ceiling = evidence["class_accuracy"], evidence["ceiling"]["class_accuracy"]["value"]

@@ -29,8 +29,8 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         "likeliest of the ten. Guidance and temperature were chosen by the same judge, from its "
         "distance to the training pictures and its classes: without guidance, at temperature 1, "
         f"{plain:.1%} of the pictures were put into their own class. What was tried on the way to "
-        "this recipe was compared on the validation pictures by other networks "
-        "(docs/experiments.md). The distance of real pictures is that of training pictures that "
+        "this recipe was compared on the validation pictures by other networks, three trials of "
+        "its last part by this one (docs/experiments.md). The distance of real pictures is that of training pictures that "
         "the autoencoder restored, as many as were drawn: it falls with their number, so only "
         "distances of equally many compare."
     )

@@ -95,8 +95,10 @@ def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "**Half precision** against FP32 on the same photographs: "
         + "; ".join(
-            f"{name} relative error {row['relative_error']:.1e}, {row['psnr_lost_db']:+.4f} dB lost"
-            for name, row in precision.items()
+            f"{decoder} decoder, {name}: relative error {row['relative_error']:.1e}, "
+            f"{row['psnr_lost_db']:+.4f} dB lost"
+            for decoder, rows in precision.items()
+            for name, row in rows.items()
             if name != "float32"
         )
         + ". "

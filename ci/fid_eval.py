@@ -121,10 +121,15 @@ def shipped_facts() -> dict[str, dict[str, Any]]:
 
 
 def card_targets(facts: Mapping[str, Mapping[str, Any]], *, quick: bool) -> list[ci.Target]:
-    """The bars on the photographs of the model card; ``facts``: decoder → its figures there."""
+    """The bars on the photographs of the model card, which the weights' headers tell.
+
+    Args:
+        facts: decoder → its figures there; nothing of them is measured in this run.
+        quick: give no verdict.
+    """
     faithful, sharp = facts["faithful"], facts["sharp"]
     relative = sharp["distance"] / faithful["distance"] - 1
-    data = f"{sharp['pictures']:,} pictures of {', '.join(sharp['data'])}"
+    data = f"on record: {sharp['pictures']:,} pictures of {', '.join(sharp['data'])}"
     targets = [
         ci.at_least("model card: PSNR", faithful["psnr_db"], LEAST_PSNR, "dB", data),
         ci.at_least("model card: SSIM", faithful["ssim"], LEAST_SSIM, why=data),

@@ -20,7 +20,8 @@ from ci import _common as ci
 from ci import _evidence
 from ci._generation_tables import CLASS_HEAD, HEAD, class_rows, generation_notes, rows
 from parscale_ear import checkpoint
-from parscale_ear.generator.ear import EnergyAR, shipped_generator
+from parscale_ear.autoencoder.files import shipped_weights
+from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
 from parscale_ear.metrics.frechet import Gaussian
 from parscale_ear.metrics.generation import (
     STATISTICS_FILE,
@@ -104,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [
         *_targets(figures, quick=arguments.quick),
         *_evidence.judged_targets(
-            _evidence.read(_evidence.JUDGED), checkpoint.load(weights)[1]["sha256"]
+            _evidence.read(_evidence.JUDGED),
+            checkpoint.load(weights)[1]["sha256"],
+            checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
         ),
         *_evidence.head_targets(_evidence.read(_evidence.HEADS), quick=arguments.quick),
     ]

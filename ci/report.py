@@ -106,7 +106,7 @@ def build_html(
             ("versions", f"parscale_ear {first['version']}, torch {first['torch']}"),
             ("source", first["source_sha256"][:12]),
             ("weights", weights),
-            ("run", "quick: fewer samples, no verdict on timings" if first["quick"] else "full"),
+            ("run", "quick: fewer samples, fewer verdicts" if first["quick"] else "full"),
         ]
         parts.append("<h2>Where this was measured</h2>" + _table(("", ""), pairs))
     parts.append("<h2>Pictures</h2>")

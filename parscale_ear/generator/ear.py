@@ -274,7 +274,7 @@ class EnergyAR(NextScaleGenerator):
                 x = x + rows.spread(shared)[:, None]
             hidden = transformer(x, condition, cache=cache)
             if number < len(known):
-                tokens = known[number]  # the trunk has seen the scale: its keys are in the cache
+                tokens = known[number]  # the trunk ran all the same: later scales need its keys
             else:
                 states = rows.settle(transformer, hidden, condition, number / max(1, scales - 1))
                 tokens = self.head.draw(
@@ -305,7 +305,21 @@ class EnergyAR(NextScaleGenerator):
 
         Returns:
             (B, Z, S, S), normalised, FP32.
+
+        Raises:
+            ValueError: all scales are given, or tokens of another shape.
         """
+        pyramid = self.pyramid
+        shapes = [
+            (len(labels), count, pyramid.width(scale.level))
+            for count, scale in zip(pyramid.counts, pyramid.scales, strict=True)
+        ]
+        given = [tuple(part.shape) for part in known]
+        if len(given) >= len(shapes) or given != shapes[: len(given)]:
+            raise ValueError(
+                f"known must be tokens of fewer than {len(shapes)} scales, of the shapes {shapes}; "
+                f"got {given}"
+            )
         rows = Rows(
             labels, null=self.transformer.null_label, count=1, trained=None, joined=False,
             guidance=0.0,

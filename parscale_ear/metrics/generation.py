@@ -150,19 +150,21 @@ def effective_dimensions(features: Tensor, labels: Tensor, each: int) -> float:
 
     ``(Σλ)² / Σλ²`` over the eigenvalues of the covariance (Gao et al., "A theory of multineuronal
     dimensionality, dynamics and measurement", 2017): D where all directions vary alike, 1 where
-    there is one; at most ``each`` − 1. A few pictures that come again and again give a small one.
+    there is one, 0 where all are the same; at most ``each`` − 1. A few pictures that come again and
+    again give a small one.
 
     Args:
         features: (N, D).
         labels: (N,).
-        each: the first so many of a class are looked at; at least 2.
+        each: the first so many of a class are looked at.
     """
     found = []
     for label in labels.unique():
         members = features[labels == label][:each].double()
         centred = members - members.mean(0)
         squares = torch.linalg.svdvals(centred).square()  # the covariance's, but for a factor
-        found.append(float(squares.sum().square() / squares.square().sum()))
+        alike = not bool(squares.any())
+        found.append(0.0 if alike else float(squares.sum().square() / squares.square().sum()))
     return float(np.mean(found))
 
 

@@ -2,8 +2,8 @@
 
 Stage ``vae`` trains encoder, hybrid and decoder together on small crops, ``hybrid`` goes on with
 all three on large ones. Then the encoder is frozen, and with it the latent space: ``baseline``
-trains the decoder to do without the hybrid, ``sharp`` a second decoder for looks. The latent is
-normalised by running statistics from the first step on, so that the hybrid always sees about zero
+trains the decoder to do without the hybrid, ``sharp`` a second decoder for looks, whose colours are
+centred at the end. The latent is normalised by running statistics from the first step on, so that the hybrid always sees about zero
 mean and unit variance.
 
 A run's folder::
@@ -17,6 +17,7 @@ A run's folder::
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,11 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
             plot_curves(out)
             averaged = run.average
             assert isinstance(averaged, ParScaleEAR)
+            quality = read_log(folder)[-1]
             if stage == "sharp":
                 centre_colours(averaged, crops)
-            facts = _facts(stage, recipe, run, crops, len(pictures), history)
+                quality = task.validate(averaged, run.progress.step)
+            facts = _facts(stage, recipe, run, crops, len(pictures), quality, history)
             averaged.save_pretrained(out / f"{stage}.safetensors", training=facts)
         world.wait()
     return True
@@ -209,10 +212,10 @@ def _facts(
     run: Run,
     crops: RandomCrops,
     validation_pictures: int,
+    quality: Mapping[str, float],
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What the header of a weight file says about its training."""
-    last = read_log(run.out)[-1]
     side, batch = recipe.crops(stage)
     ours = {
         "stage": stage,
@@ -240,8 +243,8 @@ def _facts(
         "validation": {
             "pictures": validation_pictures,
             "precision": recipe.precision,
-            "psnr_db": last.get("psnr_db"),
-            "ssim": last.get("ssim"),
+            "psnr_db": quality.get("psnr_db"),
+            "ssim": quality.get("ssim"),
         },
     }
 

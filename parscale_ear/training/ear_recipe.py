@@ -37,8 +37,10 @@ class EARRecipe:
     learning_rate: float = 2e-3  # peak in the first stage
     picture_classes: int = 4  # classes a step and process in the second stage
     picture_draws: int = 8  # pictures drawn of each
-    picture_pairs: int = 8  # real pictures a step that are continued twice from their first scales
-    picture_batch: int = 16  # latents a step whose tokens are scored as in the first stage
+    picture_pairs: int = (
+        8  # real pictures continued twice from their first scales, a step and process
+    )
+    picture_batch: int = 16  # latents a step and process whose tokens are scored, all scales alike
     picture_rate: float = 3e-4  # peak there
     adversarial_weight: float = 0.5  # of the critic's verdict there; 0: no critic
     critic_rate: float = 2e-4  # the critic's own

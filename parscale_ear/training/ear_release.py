@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from parscale_ear import __version__, checkpoint
+from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
 from parscale_ear.metrics.frechet import Gaussian
@@ -196,6 +197,8 @@ def release(
     checkpoint.write_text(out / CARD, with_figures(card, report))
     report["statistics_error"] = FeatureStatistics.load(out / STATISTICS_FILE).law.distance(law)
     report["weights_sha256"] = checkpoint.load(out / SHIPPED_FILE)[1]["sha256"]
+    decoder = shipped_weights("hybrid", DEFAULT_DECODER)
+    report["decoder_sha256"] = checkpoint.load(decoder)[1]["sha256"]
     checkpoint.write_text(evidence / EVIDENCE_FILE, json.dumps(report, indent=1) + "\n")
     return report
 
@@ -223,7 +226,8 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
             f"| {ceiling['diversity']:.2f} |",
             f"| distance to the nearest other of its class (of {apart['pictures']}), median "
             f"| {apart['drawn']['q0.5']:.2f} | {apart['held_out']['q0.5']:.2f} |",
-            f"| effective dimensions of a class | {dimensions['drawn']:.1f} "
+            f"| effective dimensions of a class (of {dimensions['pictures']}) "
+            f"| {dimensions['drawn']:.1f} "
             f"| {dimensions['held_out']:.1f} |",
             "",
             f"Guidance {settings['guidance']:g}, temperature {settings['temperature']:g}, "

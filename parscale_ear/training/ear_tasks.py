@@ -112,7 +112,7 @@ class EARTask(Stateless):
         """Mean energy score a band of ``batch`` latents, and by scale.
 
         With ``by_scale`` all scales count alike: the first one's single token as much as the many
-        of a last one.
+        of a last one; it says nothing where there are streams.
         """
         recipe, device = self.recipe, self.world.device
         drawn = draw(step, len(self.store), replace(recipe, batch=batch), self.world)

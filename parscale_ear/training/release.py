@@ -11,7 +11,6 @@ the originals in features of EfficientNet-Lite1, which took no part in training;
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,19 +42,27 @@ BATCH = 16  # pictures at a time
 BEGIN, END = "<!-- figures: written by parscale_ear.training.release -->", "<!-- /figures -->"
 
 
+def look(extractor: FeatureExtractor, pictures: Tensor) -> NDArray[np.float32]:
+    """(N, 3, H, W), 8-bit → (N, D)."""
+    return np.concatenate([extractor(part).numpy() for part in pictures.split(BATCH)])
+
+
 def measure(
-    model: ParScaleEAR, pictures: Tensor, extractor: FeatureExtractor, name: str
+    model: ParScaleEAR,
+    pictures: Tensor,
+    originals: NDArray[np.float32],
+    extractor: FeatureExtractor,
+    name: str,
 ) -> dict[str, Any]:
-    """Mean similarities over 8-bit pictures, (N, 3, 256, 256), and the distance to them."""
+    """Mean similarities over 8-bit pictures, (N, 3, 256, 256), and the distance to them.
+
+    ``originals``: what the extractor sees of them, (N, D).
+    """
     with tqdm(total=len(pictures), desc=name) as bar:
         restored = reconstruct_pictures(model, pictures, progress=bar.update)
-    laws = [
-        np.concatenate([extractor(part).numpy() for part in side.split(BATCH)])
-        for side in (restored, pictures)
-    ]
     return {
         **{k: round(float(v.mean()), 4) for k, v in similarities(restored, pictures).items()},
-        "distance": round(frechet_distance(*laws), 2),
+        "distance": round(frechet_distance(look(extractor, restored), originals), 2),
         "distance_name": extractor.distance,
     }
 
@@ -115,12 +123,13 @@ def release(
     if len({header.get("latent_fingerprint") for header in headers.values()}) > 1:
         raise ValueError("the models do not share one latent space; they are of different runs")
     extractor, _ = load_extractor(JUDGE)
+    originals = look(extractor, pictures)
     facts: dict[str, dict[str, Any]] = {}
-    # Weights up to 0.5 did not say of which release their stages are; these may ship again.
-    earlier = {_unlabelled(s): named_release(s)[1] for n in SHARED for s in _history(out, n)}
     for header in headers.values():
+        # Shipped weights may ship again; those up to 0.5 did not say of which release they are.
+        old = "data" in header["training"].get("validation", {})
         for stage in header["training"]["history"]:
-            stage.setdefault("release", earlier.get(_unlabelled(stage), __version__))
+            stage.setdefault("release", named_release(stage)[1] if old else __version__)
     for name, shared in SHARED.items():
         model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
         facts[name] = {
@@ -130,7 +139,7 @@ def release(
                 "pictures": len(pictures),
                 "side": 256,
                 "precision": "float32",
-                **measure(model, pictures, extractor, name),
+                **measure(model, pictures, originals, extractor, name),
             },
         }
         if training and not shared:
@@ -144,20 +153,6 @@ def release(
         )
     checkpoint.write_text(out / CARD, with_figures(card, facts))
     return facts
-
-
-def _unlabelled(stage: Mapping[str, Any]) -> str:
-    """What a stage is, whether or not it says of which release."""
-    return json.dumps({k: v for k, v in stage.items() if k != "release"}, sort_keys=True)
-
-
-def _history(folder: Path, name: str) -> list[Mapping[str, Any]]:
-    """The stages of weights that are there already."""
-    history: list[Mapping[str, Any]] = []
-    path = folder / f"{name}.safetensors"
-    if path.exists():
-        history = checkpoint.load(path)[1].get("training", {}).get("history", [])
-    return history
 
 
 def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
@@ -188,7 +183,7 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             "FP16. A distance between so few pictures compares models on them, and nothing else.",
             *(_latent_lines(first["latent"]) if "latent" in first else ()),
             "",
-            "Every stage goes on from the one above it, baseline and sharp from hybrid:",
+            "Every stage goes on from the one above it, baseline and the first sharp one from hybrid:",
             "",
             "| stage | trains | pictures | steps | minutes | crops a step | peak rate | loss weights |",
             "|---|---|---|---|---|---|---|---|",
@@ -207,10 +202,11 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
                 f"| {stage['minutes']:g} | {stage['crops']} of {stage['side']}×{stage['side']} "
                 f"| {stage['rate']:g} | {weights or '—'} |"
             )
-        last = stages[-1]
+        last = [stage for stage in stages if named_release(stage)[1] == newest][-1]
         lines += [
             "",
-            f"Autocast {last['precision']}, torch {last['torch']}, seed {last['seed']}.",
+            f"The last stage that is new: autocast {last['precision']}, torch {last['torch']}, seed "
+            f"{last['seed']}.",
         ]
     return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
 
@@ -248,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     for variant, row in facts.items():
         figures = row["validation"]
-        print(f"{variant}: {figures['psnr_db']} dB, SSIM {figures['ssim']}")
+        print(
+            f"{variant}: {figures['psnr_db']} dB, SSIM {figures['ssim']}, "
+            f"{figures['distance_name']} {figures['distance']}"
+        )
     return 0
 
 

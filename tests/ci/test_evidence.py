@@ -11,6 +11,7 @@ def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
     row = {"value": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
     return {
         "weights_sha256": "ours",
+        "decoder_sha256": "its",
         "pictures": 2000,
         "class_accuracy": row,
         "ceiling": {"class_accuracy": {"value": 0.85}},
@@ -27,7 +28,7 @@ def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
     ],
 )
 def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> None:
-    targets = _evidence.judged_targets(evidence, "ours")
+    targets = _evidence.judged_targets(evidence, "ours", "its")
     assert [target.status for target in targets] == expected
 
 
@@ -37,9 +38,15 @@ def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> N
 def test_no_judgement_of_these_weights_is_no_pass(
     evidence: dict[str, Any] | None, why: str
 ) -> None:
-    for target in _evidence.judged_targets(evidence, "theirs"):
+    for target in _evidence.judged_targets(evidence, "theirs", "its"):
         assert target.status == "SKIPPED"
         assert why in target.why
+
+
+def test_a_judgement_of_another_decoder_is_no_pass() -> None:
+    for target in _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's"):
+        assert target.status == "SKIPPED"
+        assert "another decoder" in target.why
 
 
 def test_heads_are_compared_where_both_are_on_record() -> None:

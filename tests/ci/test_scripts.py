@@ -259,6 +259,7 @@ class TestTargets:
         assert set(statuses(27.3, 6.6, quick=True)) == {"SKIPPED"}
         shipped = ci.fid_eval.card_targets(ci.fid_eval.shipped_facts(), quick=False)
         assert all(target.why.endswith(".tar") for target in shipped)
+        assert {t.status for t in shipped if "sharp" in t.name} == {"PASS"}
 
     def test_the_hybrids_worth_needs_an_interval_below_0(self) -> None:
         def evidence(high: float) -> dict[str, Any]:

@@ -410,6 +410,9 @@ def test_a_draw_goes_on_from_known_scales() -> None:
             torch.allclose(a, b) for a, b in zip(again[given:], tokens[given:], strict=True)
         )
         assert found.requires_grad
+    for wrong in (tokens, tokens[1:2], [tokens[0][:1]]):
+        with pytest.raises(ValueError, match="known must be tokens of fewer than"):
+            model.draw_with_gradient(labels, seeded(), wrong)
     # What follows is drawn as if the model had drawn what is known.
     hidden = []
     hook = model.transformer.register_forward_hook(lambda _m, _a, out: hidden.append(out.detach()))

@@ -77,6 +77,7 @@ def test_effective_dimensions_tell_repeated_pictures() -> None:
     few = wide[:6].repeat(67, 1)[:400]  # of each class three pictures, again and again
     assert effective_dimensions(few, labels, 200) <= 2.0
     assert effective_dimensions(wide, labels, 200) > 50
+    assert effective_dimensions(torch.ones(400, 5), labels, 200) == 0
     assert effective_dimensions(wide, labels, 4) <= 3  # only the first of each are looked at
 
 

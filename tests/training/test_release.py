@@ -69,15 +69,28 @@ def test_stages_that_shipped_without_a_label_are_of_05(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights of 0.5 lack the label; some of their files may ship again."""
-    out = tmp_path / "out"
-    shutil.copytree(run, out)  # a run's files have no label, as those had none
-    (out / "README.md").write_text(CARD)
     monkeypatch.setattr(release, "__version__", "0.6.0")
-    for _ in range(2):  # once they are labelled there, too
-        assert release.main([str(run), "--validation", str(run.parent), "--out", str(out)]) == 0
+    mixed, out = tmp_path / "mixed", tmp_path / "out"
+    shutil.copytree(run, mixed)
+    for name in ("hybrid", "baseline"):  # as 0.5 shipped them: measured on named data, no label
+        path = mixed / f"{name}.safetensors"
+        facts = checkpoint.load(path)[1]["training"]
+        facts["validation"]["data"] = ["photos.tar"]
+        for stage in facts["history"]:
+            stage["seed"] = 3
+        ParScaleEAR.from_pretrained(path).save_pretrained(path, training=facts)
+    out.mkdir()
+    (out / "README.md").write_text(CARD)
+    assert release.main([str(mixed), "--validation", str(run.parent), "--out", str(out)]) == 0
+    labels = {}
     for name in release.SHARED:
         stages = checkpoint.load(out / f"{name}.safetensors")[1]["training"]["history"]
-        assert {stage["release"] for stage in stages} == {"0.5"}
+        labels[name] = {stage["release"] for stage in stages}
+    assert labels == {"hybrid": {"0.5"}, "baseline": {"0.5"}, "sharp": {"0.6.0"}}
+    card = (out / "README.md").read_text()
+    assert "| baseline (0.5) |" in card
+    assert "| sharp |" in card
+    assert "seed 0." in card  # the sharp stage's, although the baseline's stands last
 
 
 def test_the_names_of_stages_up_to_05() -> None:
