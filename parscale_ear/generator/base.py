@@ -234,7 +234,6 @@ class NextScaleGenerator(nn.Module):
         maps: Tensor,
         streams: ParallelStreams | None = None,
         *,
-        shared: Tensor | None = None,
         each: bool = False,
     ) -> Tensor:
         """What goes into the head at all scales when everything before is known (training).
@@ -243,7 +242,6 @@ class NextScaleGenerator(nn.Module):
             labels: (B,), int64 in 0..classes; ``classes`` for none.
             maps: (B, L − T₀, I), the inputs of all scales but the first.
             streams: join the streams' last hidden states (aggregate); None: the plain model.
-            shared: (B, C), added to all of a picture's embedded tokens; None: nothing.
             each: also return every stream's own, (B, 1 + P, L, C): the joined ones first.
 
         Returns:
@@ -260,8 +258,6 @@ class NextScaleGenerator(nn.Module):
             prefix = streams.prefixes(len(labels) * count)
         condition = transformer.condition(labels.repeat_interleave(count))
         x = transformer.teacher_input(maps.repeat_interleave(count, dim=0), condition)
-        if shared is not None:
-            x = x + shared.repeat_interleave(count, dim=0)[:, None]
         length = 0 if prefix is None or streams is None else streams.prefix_tokens
         mask = transformer.block_causal_mask(x.device, length)
         hidden = transformer(x, condition, mask=mask, prefixes=prefix)  # (B · P, L, C)
@@ -295,10 +291,6 @@ class NextScaleGenerator(nn.Module):
         """FLOPs of the head a token at a scale (0 is the first)."""
         raise NotImplementedError
 
-    def picture_flops(self) -> int:
-        """FLOPs of what is done once a picture."""
-        return 0
-
     def flops(
         self,
         batch: int = 1,
@@ -310,8 +302,6 @@ class NextScaleGenerator(nn.Module):
     ) -> list[int]:
         """FLOPs of transformer and head at every scale (a multiply-add counts two).
 
-        What is done once a picture counts to the first scale.
-
         Args:
             batch: different labels.
             guidance: whether unconditional rows run too.
@@ -322,7 +312,6 @@ class NextScaleGenerator(nn.Module):
         rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
         counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
         pictures = batch * (1 if mode == "aggregate" else streams)
-        counts[0] += pictures * self.picture_flops()
         for scale, tokens in enumerate(self.transformer.config.counts):
             counts[scale] += pictures * tokens * self.head_flops(scale)
         return counts

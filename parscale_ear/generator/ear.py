@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import Decoder
@@ -30,7 +30,7 @@ from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.generator.attention import Cache, GrowingCache
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator, Rows
 from parscale_ear.generator.ear_config import EARConfig, find_class
-from parscale_ear.generator.energy import EnergyHead, uniform_noise
+from parscale_ear.generator.energy import EnergyHead
 from parscale_ear.generator.pyramid import LatentPyramid
 from parscale_ear.generator.sampling import check_guidance, check_temperature
 from parscale_ear.generator.streams import ParallelStreams
@@ -68,10 +68,6 @@ class EnergyAR(NextScaleGenerator):
         self.pyramid = LatentPyramid(config.channels, config.side, config.phases)
         self.transformer = NextScaleTransformer(config.transformer)
         self.head = EnergyHead(**config.head)
-        self.layout: nn.Linear | None = None
-        if config.layout_channels:
-            self.layout = nn.Linear(config.layout_channels, config.width, bias=False)
-            nn.init.zeros_(self.layout.weight)  # trained weights may go on with it
         head = sum(p.numel() for p in self.head.parameters())
         total = sum(p.numel() for p in self.parameters())
         self._counts = {"transformer": total - head, "head": head, "total": total}
@@ -169,13 +165,7 @@ class EnergyAR(NextScaleGenerator):
         with torch.autocast(latents.device.type, enabled=False):
             maps = self.pyramid.teacher_input(latents, input_noise, generator)  # (B, L − 1, I)
             tokens = self.pyramid.encode(latents)
-        shared = self._layouts(samples * len(latents), 1.0, generator)
-        if shared is not None:  # a layout is part of a draw: every sample has one of its own
-            labels, maps = labels.repeat(samples), maps.repeat(samples, 1, 1)
-        # (B, L, C), with ``each`` (B, 1 + P, L, C)
-        states = self.teach(labels, maps, streams, shared=shared, each=each)
-        if shared is not None:
-            states = states.unflatten(0, (samples, -1))  # (M, B, ...)
+        states = self.teach(labels, maps, streams, each=each)  # (B, L, C), each: (B, 1 + P, L, C)
         if each:
             tokens = [part[:, None].expand(-1, states.shape[-3], -1, -1) for part in tokens]
         parts = states.split(self.pyramid.counts, dim=-2)
@@ -196,20 +186,6 @@ class EnergyAR(NextScaleGenerator):
         return found
 
     # --- generation ---
-
-    def _layouts(
-        self, pictures: int, temperature: float, generator: torch.Generator | None
-    ) -> Tensor | None:
-        """(pictures, C), what all tokens of a picture share.
-
-        The tokens of one pass are drawn independently of each other, given what the trunk says of
-        them; through this they can agree on what is in the picture.
-        """
-        if self.layout is None:
-            return None
-        shape = (pictures, self.layout.in_features)
-        noise = uniform_noise(shape, self.layout.weight, generator)
-        return self.layout(temperature * noise)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate_latents(
@@ -264,14 +240,11 @@ class EnergyAR(NextScaleGenerator):
         """The scales, one after the other; those of ``known`` are given."""
         transformer, pyramid = self.transformer, self.pyramid
         condition = transformer.condition(rows.labels)
-        shared = self._layouts(rows.pictures, temperature, generator)
         scales, canvas = len(pyramid.scales), None
         for number, scale in enumerate(pyramid.scales):
             # (R, T, I)
             maps = None if canvas is None else rows.spread(pyramid.inputs(canvas, number))
             x = transformer.embed(number, maps, condition)  # (R, T, C)
-            if shared is not None:
-                x = x + rows.spread(shared)[:, None]
             hidden = transformer(x, condition, cache=cache)
             if number < len(known):
                 tokens = known[number]  # the trunk ran all the same: later scales need its keys
@@ -378,12 +351,8 @@ class EnergyAR(NextScaleGenerator):
     # --- what it costs ---
 
     def parameter_count(self) -> dict[str, int]:
-        """Parameters of ``transformer`` (with the layout), ``head``, and their ``total``."""
+        """Parameters of ``transformer``, ``head``, and their ``total``."""
         return dict(self._counts)
-
-    def picture_flops(self) -> int:
-        """FLOPs of the layout."""
-        return 0 if self.layout is None else 2 * self.layout.weight.numel()
 
     def head_flops(self, scale: int) -> int:
         """FLOPs of the head a token at a scale."""
@@ -393,8 +362,6 @@ class EnergyAR(NextScaleGenerator):
         """Casts all but the pyramid, in place; that stays in FP32."""
         self.transformer.to(dtype)
         self.head.to(dtype)
-        if self.layout is not None:
-            self.layout.to(dtype)
         return self
 
     # --- in and out ---

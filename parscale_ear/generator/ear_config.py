@@ -22,7 +22,6 @@ class EARConfig:
     head_width: int = 256  # channels of the energy head
     head_blocks: int = 3  # its residual blocks
     noise_channels: int = 64  # its noise
-    layout_channels: int = 0  # noise that all tokens of a picture share; 0: none
     channels: int = 32  # of the latent
     side: int = 8  # of the latent, a power of two; pictures have 16 times as much
     phases: int = 4  # passes of the finest level: 1, 2 or 4
@@ -39,8 +38,6 @@ class EARConfig:
         for name in ("head_width", "head_blocks", "noise_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.layout_channels < 0:
-            raise ValueError(f"layout_channels must be at least 0, got {self.layout_channels}")
         names = self.class_names
         if not names or len(set(names)) != len(names):
             raise ValueError(f"class_names must be different names, at least one, got {names}")
@@ -85,6 +82,9 @@ class EARConfig:
         Raises:
             ValueError: a field is unknown, missing or out of range.
         """
+        # Weights up to release 0.6 name a size that never was other than 0.
+        if values.get("layout_channels") == 0:
+            values = {name: value for name, value in values.items() if name != "layout_channels"}
         try:
             return cls(**{**values, "class_names": tuple(values["class_names"])})
         except (TypeError, KeyError) as error:

@@ -240,7 +240,7 @@ class EnergyHead(nn.Module):
         """Energy score of every band, each after the true ones before it.
 
         Args:
-            hidden: (B, T, C), or (M, B, T, C), one for every sample.
+            hidden: (B, T, C).
             tokens: (B, T, Z or 3Z), the truth.
             level: of the pyramid.
             samples: M, drawn for each.
@@ -251,8 +251,7 @@ class EnergyHead(nn.Module):
         Returns:
             (B, T, 1 or 3), FP32.
         """
-        own = hidden.ndim > tokens.ndim
-        shape = hidden.shape[:-1] if own else (samples, *hidden.shape[:-1])
+        shape = (samples, *hidden.shape[:-1])
         found = []
         for band, before, target in split_bands(tokens, self.channels, level):
             noise = self.draw_noise(shape, hidden, generator)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
-from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
@@ -173,21 +171,10 @@ def _fresh(
         return model
     model = EnergyAR.load(recipe.start)
     if model.config != config:
-        if model.config != replace(config, layout_channels=0):
-            raise TrainingError(f"{recipe.start}: another model than the one to train")
-        model = _with_layout(model, config)
+        raise TrainingError(f"{recipe.start}: another model than the one to train")
     if model.latent_fingerprint != fingerprint:
         raise TrainingError(f"{recipe.start}: trained on latents of another autoencoder")
     return model.train()
-
-
-def _with_layout(model: EnergyAR, config: EARConfig) -> EnergyAR:
-    """The same model with a layout that says nothing yet."""
-    grown = EnergyAR(config)
-    assert grown.layout is not None
-    grown.load_state_dict({**model.state_dict(), "layout.weight": grown.layout.weight})
-    grown.latent_fingerprint, grown.recommended = model.latent_fingerprint, model.recommended
-    return grown
 
 
 def _generator(recipe: EARRecipe, out: Path) -> str | Path:

@@ -156,8 +156,7 @@ class EARTask(Stateless):
         net, head = self.generator.transformer, self.generator.head
         tables: tuple[nn.Module, ...] = (net.class_embedding, net.levels, net.input)
         own = [p for table in tables for p in table.parameters()]
-        layout = () if self.generator.layout is None else self.generator.layout.parameters()
-        return [net.start, net.positions, *own, *layout, *head.elementwise(), *prefixes]
+        return [net.start, net.positions, *own, *head.elementwise(), *prefixes]
 
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Energy score of the validation latents; writes drawn pictures, a row a class."""

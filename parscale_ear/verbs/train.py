@@ -66,7 +66,6 @@ EAR = {
     "head_width": "channels of the energy head",
     "head_blocks": "its residual blocks",
     "noise_channels": "its noise",
-    "layout_channels": "noise that all tokens of a picture share; 0: none",
     "phases": "passes of the finest level: 1, 2 or 4",
     "prefix_tokens": "of a stream",
     "batch": "latents a step and process",

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,20 +34,12 @@ def build(config: EARConfig) -> EnergyAR:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4 if "embedding" in name or name.endswith("start") else 1.5)
-        if model.layout is not None:
-            model.layout.weight.normal_(generator=seeded())
     return model
 
 
 @pytest.fixture
 def model() -> EnergyAR:
     return build(CONFIG)
-
-
-@pytest.fixture
-def laid_out() -> EnergyAR:
-    """With noise that all tokens of a picture share."""
-    return build(replace(CONFIG, layout_channels=6))
 
 
 def lively(model: EnergyAR, count: int) -> ParallelStreams:
@@ -211,9 +202,7 @@ def test_half_precision_draws_about_the_same(model: EnergyAR, dtype: torch.dtype
     assert float((half - exact).square().mean() / exact.square().mean()) < 0.05
 
 
-@pytest.mark.parametrize("channels", [0, 6])
-def test_flops_equal_pytorchs_count(channels: int) -> None:
-    model = build(replace(CONFIG, layout_channels=channels))
+def test_flops_equal_pytorchs_count(model: EnergyAR) -> None:
     # In BF16, as PyTorch's counter passes over the CPU's fused attention.
     model.set_dtype(torch.bfloat16)
     for streams in (1, 3):
@@ -233,66 +222,6 @@ def test_every_streams_own_scores(model: EnergyAR) -> None:
     assert streams.prefix is not None
     assert streams.prefix.grad is not None
     assert not streams.prefix.grad[:, :, 1].any()  # the first stream's own, alone
-
-
-def test_a_layout_that_says_nothing_changes_nothing(model: EnergyAR) -> None:
-    grown = EnergyAR(replace(CONFIG, layout_channels=6)).eval()
-    assert grown.load_state_dict(model.state_dict(), strict=False).missing_keys == ["layout.weight"]
-    plain, same = (m.generate_latents([0], temperature=0, guidance=2) for m in (model, grown))
-    assert torch.equal(plain, same)
-
-
-def test_a_layout_is_one_for_all_tokens_and_rows_of_a_picture(laid_out: EnergyAR) -> None:
-    seen: list[torch.Tensor] = []
-    assert laid_out.layout is not None
-    laid_out.layout.register_forward_hook(lambda *found: seen.append(found[2]))
-    hidden: list[torch.Tensor] = []
-    laid_out.head.hidden.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0]))
-    latents = laid_out.generate_latents([0, 2], guidance=0, generator=seeded())
-    assert [tuple(part.shape) for part in seen] == [(2, 32)]  # once a generation
-    drawn = torch.cat([hidden[0], *hidden[1::3]], dim=1)
-    labels, maps = torch.tensor([0, 2]), laid_out.pyramid.teacher_input(latents)
-    taught = laid_out.teach(labels, maps, shared=seen[0])
-    torch.testing.assert_close(drawn, taught, atol=2e-4, rtol=1e-3)
-    assert not torch.allclose(drawn, laid_out.teach(labels, maps), atol=1e-2)
-    # Where "no label" says what the label says, guidance moves nothing: both rows share it.
-    embedding = laid_out.transformer.class_embedding.weight
-    with torch.no_grad():
-        embedding[-1] = embedding[0]
-    plain, guided = (
-        laid_out.generate_latents([0], guidance=g, generator=seeded()) for g in (0.0, 3.0)
-    )
-    torch.testing.assert_close(plain, guided, atol=1e-3, rtol=1e-3)
-
-
-def test_streams_have_a_layout_each_and_one_together(laid_out: EnergyAR) -> None:
-    seen: list[int] = []
-    assert laid_out.layout is not None
-    laid_out.layout.register_forward_hook(lambda *found: seen.append(len(found[2])))
-    laid_out.generate_latents([0, 1], streams=3, generator=seeded())
-    laid_out.generate_latents(
-        [0, 1], streams=lively(laid_out, 3), mode="aggregate", generator=seeded()
-    )
-    assert seen == [6, 2]
-    scores = laid_out.scores(
-        torch.tensor([0, 1]), torch.randn(2, 4, 8, 8), lively(laid_out, 3), generator=seeded()
-    )
-    torch.cat([part.flatten() for part in scores]).mean().backward()
-    assert laid_out.layout.weight.grad is not None
-    assert laid_out.layout.weight.grad.any()
-
-
-def test_every_sample_of_a_score_has_its_own_layout(laid_out: EnergyAR) -> None:
-    """Else the score, proper for every layout, would teach that all are alike."""
-    seen: list[torch.Tensor] = []
-    laid_out.head.hidden.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    labels, latents = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
-    found = laid_out.scores(labels, latents, samples=3, generator=seeded())
-    assert [tuple(part.shape) for part in found[:2]] == [(2, 1, 1), (2, 1, 3)]
-    assert seen[0].shape[:2] == (3, 2)
-    assert not torch.allclose(seen[0][0], seen[0][1], atol=1e-2)
-    both = laid_out.scores(labels, latents, lively(laid_out, 2), each=True, generator=seeded())
-    assert both[1].shape == (2, 3, 1, 3)
 
 
 def test_damaged_weights(model: EnergyAR) -> None:
@@ -317,7 +246,7 @@ def test_class_names() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("side", 12), ("phases", 3), ("head_width", 0), ("layout_channels", -1), ("class_names", ()), ("class_names", ("a", "a")),
+    [("side", 12), ("phases", 3), ("head_width", 0), ("class_names", ()), ("class_names", ("a", "a")),
      ("heads", 3)],
 )  # fmt: skip
 def test_bad_config(field: str, value: object) -> None:
@@ -378,6 +307,14 @@ def test_another_autoencoder_is_refused(tmp_path: Path) -> None:
     assert EnergyAR.load(path).latent_fingerprint == "0" * 64
 
 
+def test_a_size_of_older_weights_is_passed_over_if_it_was_not_used() -> None:
+    told = CONFIG.__dict__
+    assert EARConfig.from_dict({**told, "layout_channels": 0}) == CONFIG
+    for name, value in (("layout_channels", 3), ("unheard_of", 0)):
+        with pytest.raises(ValueError, match=name):
+            EARConfig.from_dict({**told, name: value})
+
+
 def test_foreign_files(tmp_path: Path) -> None:
     streams = ParallelStreams.fitting(CONFIG.transformer, 2)
     path = streams.save_pretrained(tmp_path / "streams.safetensors")
@@ -385,9 +322,7 @@ def test_foreign_files(tmp_path: Path) -> None:
         EnergyAR.load(path)
 
 
-@pytest.mark.parametrize("channels", [0, 6])
-def test_draws_with_gradient_are_the_plain_draws(channels: int) -> None:
-    model = build(replace(CONFIG, layout_channels=channels))
+def test_draws_with_gradient_are_the_plain_draws(model: EnergyAR) -> None:
     plain = model.generate_latents([0, 2], guidance=0, generator=seeded())
     taped = model.draw_with_gradient(torch.tensor([0, 2]), generator=seeded())
     torch.testing.assert_close(taped.detach(), plain, atol=1e-5, rtol=1e-5)
