@@ -18,6 +18,7 @@ from ci import _common as ci
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.device import DTYPES
 from parscale_ear.profiling.latency import benchmark_model_precise, time_alternately
+from parscale_ear.profiling.redflags import SLACK
 from parscale_ear.profiling.roofline import least_bytes, measure_roof
 
 __all__ = ["benchmark_model_precise", "main"]
@@ -89,18 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = ParScaleEAR.from_pretrained(device=device, dtype=DTYPES[arguments.dtype])
     dtype = next(model.parameters()).dtype
 
-    roof = measure_roof(device, dtype, runs=3 if arguments.quick else 10)
+    roof_runs = 3 if arguments.quick else 10
+    roof = measure_roof(device, dtype, runs=roof_runs)
     flops = model.flops(256, 256)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch in BATCH_SIZES:
         with ci.progress(runs, f"batch {batch}") as advance:
             row = benchmark_model_precise(model, device, batch, runs, progress=advance)
+        rows.append(row)
+    # Before and after: something else that ran for a moment does not lower it so easily.
+    roof = roof.or_better(measure_roof(device, dtype, runs=roof_runs))
+    for row, batch in zip(rows, BATCH_SIZES, strict=True):
         seconds = row["mean_ms_per_image"] / 1000
         row["flops_per_s"] = flops / seconds
         row["fraction_of_compute_roof"] = row["flops_per_s"] / roof.flops_per_s
         row["least_bytes_per_s"] = least_bytes(model, batch) / batch / seconds
         row["fraction_of_memory_roof"] = row["least_bytes_per_s"] / roof.bytes_per_s
-        rows.append(row)
     compared, reason = None, ""
     try:
         compared = compare_with_autoencoder_tiny(max(3, runs // 5))
@@ -130,22 +135,26 @@ def _targets(
 ) -> list[ci.Target]:
     p99 = f"P99 per image at batch {BATCH_SIZES[-1]} on CUDA"
     ratio = "times faster than AutoencoderTiny (FP32, CPU, batch 4)"
+    share = "largest share of the compute roof: more than all of it cannot be"
     beside = f"the prototype printed {PROTOTYPE_P99_MS} ms"
     if quick:
         why = "--quick gives no verdict on timings"
-        return [ci.skipped(p99, why, "≤ 1 ms"), ci.skipped(ratio, why, "≥ 10")]
+        limits = {p99: "≤ 1 ms", ratio: "≥ 10", share: f"≤ {1 + SLACK:g}"}
+        return [ci.skipped(name, why, limit) for name, limit in limits.items()]
+    plausible = ci.at_most(share, max(row["fraction_of_compute_roof"] for row in rows), 1 + SLACK)
     if device.type == "cuda":
         value = rows[-1]["p99_ms_per_image"]
         return [
             ci.at_most(p99, value, CUDA_P99_MS, "ms", beside),
             ci.skipped(ratio, "counts where the P99 on CUDA cannot be measured", "≥ 10"),
+            plausible,
         ]
     why = f"measured on {device.type}, not on CUDA; {beside}"
     if compared is None:
         judged = ci.skipped(ratio, reason, "≥ 10")
     else:
         judged = ci.at_least(ratio, compared["ratio_p50"], CPU_RATIO)
-    return [ci.skipped(p99, why, "≤ 1 ms"), judged]
+    return [ci.skipped(p99, why, "≤ 1 ms"), judged, plausible]
 
 
 def _print(rows: list[dict[str, Any]], flops: int, roof: dict[str, Any]) -> None:

@@ -30,6 +30,20 @@ class Roof:
         """For a JSON report."""
         return asdict(self)
 
+    def or_better(self, other: Roof) -> Roof:
+        """The better of two measurements of the same hardware and dtype, figure by figure.
+
+        Whatever else runs can only lower a roof, so the better one is nearer to the truth.
+
+        Raises:
+            ValueError: they are of different dtypes.
+        """
+        if other.dtype != self.dtype:
+            raise ValueError(f"roofs of different dtypes, {self.dtype} and {other.dtype}")
+        ours, theirs = asdict(self), asdict(other)
+        best = {name: max(ours[name], theirs[name]) for name in ours if name != "dtype"}
+        return Roof(**best, dtype=self.dtype)
+
 
 def measure_roof(device: torch.device | str, dtype: torch.dtype, runs: int = 10) -> Roof:
     """Measures the roof of a device in one dtype.

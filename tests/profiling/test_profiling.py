@@ -17,7 +17,7 @@ from parscale_ear.profiling.latency import (
     time_runs,
 )
 from parscale_ear.profiling.memory import peak_memory_mib
-from parscale_ear.profiling.roofline import least_bytes, measure_roof
+from parscale_ear.profiling.roofline import Roof, least_bytes, measure_roof
 
 
 def test_counts_every_run_and_the_warm_up() -> None:
@@ -79,6 +79,15 @@ def test_roof() -> None:
     assert roof.flops_per_s == max(roof.gemm_flops_per_s, roof.convolution_flops_per_s)
     assert min(roof.gemm_flops_per_s, roof.convolution_flops_per_s) > 1e8
     assert roof.bytes_per_s > 1e8
+
+
+def test_the_better_of_two_roofs_counts() -> None:
+    first = Roof(9.0, 1.0, 9.0, 4.0, "float32")
+    second = Roof(5.0, 2.0, 3.0, 5.0, "float32")
+    best = Roof(9.0, 2.0, 9.0, 5.0, "float32")
+    assert first.or_better(second) == second.or_better(first) == best
+    with pytest.raises(ValueError, match="float32 and float16"):
+        first.or_better(Roof(5.0, 2.0, 3.0, 5.0, "float16"))
 
 
 def test_no_peak_memory_on_the_cpu() -> None:
