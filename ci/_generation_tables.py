@@ -97,8 +97,10 @@ def neighbour_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-HEADS_TITLE = "The energy head beside others, trained alike"
-HEADS_HEAD = ("head", "distance", "in their class", "diversity", "steps", "head parameters")
+HEADS_HEAD = (
+    *("head", "distance", "in their class", "diversity", "steps on tokens", "on pictures"),
+    "head parameters",
+)
 
 
 def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -110,6 +112,7 @@ def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
             _share(row["class_accuracy"]),
             f"{row['diversity']:.2f}",
             f"{row['steps']:,}",
+            f"{row.get('picture_steps', 0):,}",
             f"{row['parameters']['head']:,}",
         )
         for kind, row in evidence["heads"].items()
@@ -124,12 +127,21 @@ def head_text(evidence: Mapping[str, Any]) -> str:
         + ", ".join(f"{value:.3f} ({minutes:.0f})" for minutes, value in row["validation"])
         for kind, row in evidence["heads"].items()
     )
+    length = f"tokens alone, {first['minutes']:.0f} minutes"
+    if first.get("picture_minutes"):
+        length = (
+            f"{first['minutes']:.0f} minutes on tokens and {first['picture_minutes']:.0f} on whole "
+            f"pictures drawn with their gradient ({evidence['picture_draws']} drawn freely and "
+            f"{evidence['picture_pairs']} pairs that go on from real beginnings a step; energy "
+            "scores alone, no critic and no classifier; they look through EfficientNet-Lite0, which "
+            "was trained on ImageNet)"
+        )
     return (
-        f"The same trunk from the same fresh weights, tokens alone, {first['minutes']:.0f} minutes "
-        f"each on {evidence['threads']} thread, batches of {evidence['batch']}, one seed; guidance "
-        f"and temperature chosen for each on the training pictures; {evidence['pictures']:,} "
-        f"pictures, {evidence['distance_name']} to the validation pictures. One learning rate for "
-        f"all. Own loss on the validation latents after so many minutes: {curves}."
+        f"The same trunk from the same fresh weights, {length} each on {evidence['threads']} "
+        f"thread, batches of {evidence['batch']}, one seed; guidance and temperature chosen for "
+        f"each on the training pictures; {evidence['pictures']:,} pictures, "
+        f"{evidence['distance_name']} to the validation pictures. One learning rate for all. Own "
+        f"loss on the validation latents after so many minutes on tokens: {curves}."
     )
 
 

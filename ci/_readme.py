@@ -156,16 +156,17 @@ def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
             tables.NEIGHBOUR_NOTE,
             "",
         ]
-    heads = _evidence.read(_evidence.HEADS)
-    if heads is not None:
-        lines += [
-            f"{tables.HEADS_TITLE}:",
-            "",
-            _markdown(tables.HEADS_HEAD, tables.head_rows(heads)),
-            "",
-            tables.head_text(heads),
-            "",
-        ]
+    for title, path in _evidence.HEAD_COMPARISONS.items():
+        heads = _evidence.read(path)
+        if heads is not None:
+            lines += [
+                f"{title}:",
+                "",
+                _markdown(tables.HEADS_HEAD, tables.head_rows(heads)),
+                "",
+                tables.head_text(heads),
+                "",
+            ]
     return [
         *lines,
         _markdown(tables.HEAD, tables.rows(figures, figures["reference"]["ceiling"])),

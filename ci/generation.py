@@ -109,7 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint.load(weights)[1]["sha256"],
             checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
         ),
-        *_evidence.head_targets(_evidence.read(_evidence.HEADS), quick=arguments.quick),
+        *_evidence.head_targets(
+            _evidence.read(_evidence.HEADS),
+            _evidence.read(_evidence.HEADS_PICTURES),
+            quick=arguments.quick,
+        ),
     ]
     return ci.finish("M3-2", "generation", arguments, fields, said, figures, targets)
 

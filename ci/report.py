@@ -301,15 +301,18 @@ def _generation(
 
 
 def _heads() -> list[str]:
-    tables, evidence = _generation_tables, _evidence.read(_evidence.HEADS)
-    title = f"<h3>{tables.HEADS_TITLE}</h3>"
-    if evidence is None:
-        return [title, "<p>SKIPPED: no controlled training of heads on record.</p>"]
-    return [
-        title,
-        _table(tables.HEADS_HEAD, tables.head_rows(evidence)),
-        f"<p>{html.escape(tables.head_text(evidence))}</p>",
-    ]
+    tables, parts = _generation_tables, []
+    for title, path in _evidence.HEAD_COMPARISONS.items():
+        evidence = _evidence.read(path)
+        parts.append(f"<h3>{title}</h3>")
+        if evidence is None:
+            parts.append("<p>SKIPPED: no such training of heads on record.</p>")
+        else:
+            parts += [
+                _table(tables.HEADS_HEAD, tables.head_rows(evidence)),
+                f"<p>{html.escape(tables.head_text(evidence))}</p>",
+            ]
+    return parts
 
 
 def _worth(figures: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,9 @@ r"""Is the energy head worth having? The same trunk trained alike with four head
     python -m parscale_ear.training.head_comparison --latents LATENTS --validation-latents LATENTS \\
         --training TRAIN_TAR --validation VAL_TAR --minutes 45 --out RUN
 
-Every head is trained on tokens alone (no whole pictures, no critic) from the same trunk weights, on
-the same latents in the same order, for the same time on the same machine. Guidance and temperature
+Every head is trained from the same trunk weights, on the same latents in the same order, for the same
+time on the same machine: on tokens alone, or with ``--picture-minutes`` after that on whole pictures
+drawn with their gradient, by energy scores alone (no critic, no classifier). Guidance and temperature
 are chosen for each by the distance to the training pictures; EfficientNet-Lite1 judges. Two calls
 with different ``--heads`` and one ``--out`` may run side by side; the last one to end writes
 ``RUN/heads.json`` with all that are finished.
@@ -32,7 +33,7 @@ from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, Squ
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.ear import load_latents
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_tasks import EARTask, LatentStore
+from parscale_ear.training.ear_tasks import EARTask, LatentStore, PicturesTask
 from parscale_ear.training.folder import Claim
 from parscale_ear.training.judging import (
     Judge,
@@ -52,6 +53,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "gaussian": GaussianHead,
     "diffusion": DiffusionHead,
 }
+PICTURE_CLASSES = 2  # a step of the training on pictures
 
 
 def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
@@ -72,8 +74,8 @@ def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
 def train_head(
     kind: str, recipe: EARRecipe, latents: LatentStore, validation: LatentStore,
     classes: tuple[str, ...], autoencoder: ParScaleEAR, out: Path,
-) -> tuple[EnergyAR, Run]:  # fmt: skip
-    """Trains one, or goes on with what is in ``out``; the averaged weights.
+) -> tuple[EnergyAR, dict[str, Run]]:  # fmt: skip
+    """Trains one, or goes on with what is in ``out``; the averaged weights, and a run a stage.
 
     Raises:
         TrainingError: a signal stopped it; the same call goes on.
@@ -84,13 +86,18 @@ def train_head(
     model.latent_fingerprint = autoencoder.latent_fingerprint()
     world = OneProcess(torch.device(recipe.device))
     model = model.to(world.device).attach(autoencoder)
-    task = EARTask(model, latents, validation, recipe, out, world)
-    run = Run(task, recipe.loop("ear"), out, resume=True, world=world)
-    if not run.train():
-        raise TrainingError("stopped; the same command goes on")
-    average = run.average
-    assert isinstance(average, EnergyAR)
-    return average.attach(autoencoder).eval(), run
+    runs: dict[str, Run] = {}
+    for stage in recipe.stages():
+        folder = out if stage == "ear" else out / stage
+        kind_of_task = EARTask if stage == "ear" else PicturesTask
+        task = kind_of_task(model.train(), latents, validation, recipe, folder, world)
+        run = runs[stage] = Run(task, recipe.loop(stage), folder, resume=True, world=world)
+        if not run.train():
+            raise TrainingError("stopped; the same command goes on")
+        average = run.average
+        assert isinstance(average, EnergyAR)
+        model = average.attach(autoencoder)
+    return model.eval(), runs
 
 
 def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gaussian, out: Path) -> dict[str, Any]:  # fmt: skip
@@ -135,14 +142,20 @@ def compare(
         path = out / f"{kind}.json"
         if path.exists():
             continue
-        model, run = train_head(kind, recipe, latents, validation, classes, autoencoder, out / kind)
+        model, runs = train_head(
+            kind, recipe, latents, validation, classes, autoencoder, out / kind
+        )
         if real is None:
             training = load_real(training_paths, model, judge, "training")
             refs = load_real(validation_paths, model, judge, "validation")
             real = (training, Gaussian.fit(judge.look(refs.pictures, "validation").numpy()))
         figures = {
-            "steps": run.progress.step,
-            "minutes": round(run.progress.seconds / 60, 1),
+            "steps": runs["ear"].progress.step,
+            "minutes": round(runs["ear"].progress.seconds / 60, 1),
+            "picture_steps": runs["pictures"].progress.step if "pictures" in runs else 0,
+            "picture_minutes": round(runs["pictures"].progress.seconds / 60, 1)
+            if "pictures" in runs
+            else 0.0,
             **measure(kind, model, judge, *real, out),
         }
         checkpoint.write_text(path, json.dumps(figures, indent=1) + "\n")
@@ -165,6 +178,8 @@ def compare(
         "pictures": judging.JUDGED,
         "latents": len(latents),
         "batch": recipe.batch,
+        "picture_draws": recipe.picture_classes * recipe.picture_draws,
+        "picture_pairs": recipe.picture_pairs,
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
         "threads": torch.get_num_threads(),
@@ -181,7 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation-latents", required=True, help="the same to log on")
     add_pictures(parser, "--training", "--validation")
     parser.add_argument("--heads", nargs="+", choices=tuple(HEADS), default=tuple(HEADS))
-    parser.add_argument("--minutes", type=float, default=45.0, help="of every training")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of every training on tokens")
+    parser.add_argument(
+        "--picture-minutes", type=float, default=0.0, help="and of every training on pictures"
+    )
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -194,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             latents=arguments.latents,
             validation=arguments.validation_latents,
             minutes=arguments.minutes,
+            picture_minutes=arguments.picture_minutes,
+            picture_classes=PICTURE_CLASSES,
+            adversarial_weight=0.0,
+            class_weight=0.0,
             depth=arguments.depth,
             batch=arguments.batch,
             learning_rate=arguments.learning_rate,

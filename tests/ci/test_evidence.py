@@ -55,14 +55,23 @@ def test_heads_are_compared_where_both_are_on_record() -> None:
 
     heads = {"energy": of(90), "gaussian": of(100), "diffusion": of(91.5)}
     evidence = {"heads": heads}
-    targets = _evidence.head_targets(evidence, quick=False)
-    found = {target.name.split(" over ")[1].split(" ")[0]: target for target in targets}
+    targets = _evidence.head_targets(evidence, None, quick=False)
+    found = {target.name.split(" over ")[1]: target for target in targets}
+    alone, then = (
+        "head's lower end, trained alike on tokens" + k for k in (" alone", ", then pictures")
+    )
     assert {kind: target.status for kind, target in found.items()} == {
-        "squared-error": "SKIPPED", "gaussian": "PASS", "diffusion": "MISSED",
+        f"squared-error {alone}": "SKIPPED", f"gaussian {alone}": "PASS",
+        f"diffusion {alone}": "MISSED", f"gaussian {then}": "SKIPPED",
+        f"diffusion {then}": "SKIPPED",
     }  # fmt: skip
-    assert found["gaussian"].value == pytest.approx(91 / 99)
-    assert "90.0 [89.0, 91.0] and 91.5 [90.5, 92.5]" in found["diffusion"].why  # intervals meet
-    assert {t.status for t in _evidence.head_targets(None, quick=False)} == {"SKIPPED"}
-    assert {t.why for t in _evidence.head_targets(evidence, quick=True)} == {
+    assert found[f"gaussian {alone}"].value == pytest.approx(91 / 99)
+    # The intervals meet.
+    assert "90.0 [89.0, 91.0] and 91.5 [90.5, 92.5]" in found[f"diffusion {alone}"].why
+    targets = _evidence.head_targets(None, evidence, quick=False)
+    assert [t.status for t in targets] == ["SKIPPED"] * 3 + ["PASS", "MISSED"]
+    targets = _evidence.head_targets(None, None, quick=False)
+    assert {t.status for t in targets} == {"SKIPPED"}
+    assert {t.why for t in _evidence.head_targets(evidence, evidence, quick=True)} == {
         "judged in a full run only"
     }

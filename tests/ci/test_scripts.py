@@ -272,20 +272,27 @@ class TestTargets:
         assert {t.status for t in _evidence.training_targets(None)} == {"SKIPPED"}
 
     def test_latency_without_a_gpu_is_skipped_not_passed(self) -> None:
-        rows = [{"p99_ms_per_image": 0.5}]
-        compared = {"ratio_p50": 12.0}
-        targets = ci.latency._targets(torch.device("cpu"), rows, compared, "", False)
-        assert [t.status for t in targets] == ["SKIPPED", "PASS"]
-        targets = ci.latency._targets(torch.device("cuda"), rows, compared, "", False)
-        assert [t.status for t in targets] == ["PASS", "SKIPPED"]
-        rows = [{"p99_ms_per_image": 1.1}]
-        targets = ci.latency._targets(torch.device("cuda"), rows, None, "", False)
-        assert [t.status for t in targets] == ["MISSED", "SKIPPED"]
-        compared = {"ratio_p50": 9.9}
-        targets = ci.latency._targets(torch.device("cpu"), rows, compared, "", False)
-        assert [t.status for t in targets] == ["SKIPPED", "MISSED"]
-        targets = ci.latency._targets(torch.device("cpu"), rows, None, "no diffusers", False)
-        assert [(t.status, t.why) for t in targets][1] == ("SKIPPED", "no diffusers")
+        def targets(device: str, p99: float, ratio: float | None, why: str = "") -> list[Any]:
+            rows = [{"p99_ms_per_image": p99, "fraction_of_compute_roof": 0.6}]
+            compared = None if ratio is None else {"ratio_p50": ratio}
+            return ci.latency._targets(torch.device(device), rows, compared, why, False)[:2]
+
+        assert [t.status for t in targets("cpu", 0.5, 12.0)] == ["SKIPPED", "PASS"]
+        assert [t.status for t in targets("cuda", 0.5, 12.0)] == ["PASS", "SKIPPED"]
+        assert [t.status for t in targets("cuda", 1.1, None)] == ["MISSED", "SKIPPED"]
+        assert [t.status for t in targets("cpu", 0.5, 9.9)] == ["SKIPPED", "MISSED"]
+        last = targets("cpu", 0.5, None, "no diffusers")[1]
+        assert (last.status, last.why) == ("SKIPPED", "no diffusers")
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize(("shares", "status"), [((0.5, 1.05), "PASS"), ((1.37, 0.5), "MISSED")])
+    def test_a_latency_above_the_roof_is_missed(
+        self, device: str, shares: tuple[float, float], status: str
+    ) -> None:
+        rows = [{"p99_ms_per_image": 1.0, "fraction_of_compute_roof": share} for share in shares]
+        found = ci.latency._targets(torch.device(device), rows, None, "", False)
+        (judged,) = [target for target in found if "share of the compute roof" in target.name]
+        assert (judged.status, judged.value) == (status, max(shares))
 
 
 class TestWrongUse:

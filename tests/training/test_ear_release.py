@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
@@ -25,7 +26,7 @@ from parscale_ear.training import ear_release, head_comparison, judging, stream_
 from parscale_ear.training.ear import load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.judging import IMAGENET
-from parscale_ear.training.loop import TrainingError
+from parscale_ear.training.loop import CHECKPOINT_FILE, TrainingError
 
 FEATURES = 12
 
@@ -326,6 +327,24 @@ def test_a_comparison_goes_on_and_gathers_all_heads(
     assert len(trunks) == 1
     with pytest.raises(TrainingError, match="another batch"):
         compare("gaussian", batch=4)
+
+
+def test_heads_go_on_with_whole_pictures(recipe: EARRecipe, pictures: Path, tmp_path: Path) -> None:
+    kinds, paths, out = ("energy", "gaussian", "diffusion"), [str(pictures)], tmp_path / "out"
+    asked = replace(
+        recipe, picture_steps=2, picture_classes=1, picture_draws=2, picture_pairs=1,
+        picture_rate=1e-9, adversarial_weight=0.0, class_weight=0.0,
+    )  # fmt: skip
+    found = head_comparison.compare(asked, kinds, paths, paths, out)
+    assert [row["steps"] for row in found["heads"].values()] == [3, 3, 3]
+    assert [row["picture_steps"] for row in found["heads"].values()] == [2, 2, 2]
+    for kind in kinds:  # at next to no rate what comes out is what the first stage gave
+        first, _ = checkpoint.load(out / kind / CHECKPOINT_FILE)
+        then, _ = checkpoint.load(out / kind / "pictures" / CHECKPOINT_FILE)
+        names = [name for name in then if name.startswith("model.head")]
+        assert names
+        for name in names:
+            torch.testing.assert_close(then[name], first[f"average{name[5:]}"], atol=1e-6, rtol=0)
 
 
 def test_streams_are_judged_by_what_they_draw_together(
