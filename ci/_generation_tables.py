@@ -132,14 +132,15 @@ def head_text(evidence: Mapping[str, Any]) -> str:
         length = (
             f"{first['minutes']:.0f} minutes on tokens and {first['picture_minutes']:.0f} on whole "
             f"pictures drawn with their gradient ({evidence['picture_draws']} drawn freely and "
-            f"{evidence['picture_pairs']} pairs that go on from real beginnings a step; energy "
-            "scores alone, no critic and no classifier; they look through EfficientNet-Lite0, which "
-            "was trained on ImageNet)"
+            f"{evidence['picture_pairs']} pairs that go on from real beginnings a step; "
+            "their energy scores beside the head's own loss of tokens, no critic and no classifier; "
+            "the scores look through EfficientNet-Lite0, which was trained on ImageNet)"
         )
     return (
         f"The same trunk from the same fresh weights, {length} each on {evidence['threads']} "
         f"thread, batches of {evidence['batch']}, one seed; guidance and temperature chosen for "
-        f"each on the training pictures; {evidence['pictures']:,} pictures, "
+        f"each on the training pictures; {evidence['pictures']:,} pictures through the sharp decoder "
+        f"of {evidence['version']}, "
         f"{evidence['distance_name']} to the validation pictures. One learning rate for all. Own "
         f"loss on the validation latents after so many minutes on tokens: {curves}."
     )

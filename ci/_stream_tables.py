@@ -59,7 +59,7 @@ def stream_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 TRAINED_HEAD = (
-    *("", "s", "P calls s", "P·t(1)/t(P)", "cache MiB", "diversity", "of P calls", "pixel cosine"),
+    *("", "s", "P·t(1) s", "P·t(1)/t(P)", "cache MiB", "diversity", "of P calls", "pixel cosine"),
 )
 
 
@@ -214,9 +214,18 @@ def ear_worth_rows(
 def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
     """How the streams were trained, the slopes, and the verdict."""
     settings = evidence["settings"]
+    cost = (
+        ""
+        if figures is None
+        else (
+            " Seconds and cache are of this run: the shipped generator with untrained streams of the "
+            f"same size, guidance {figures['trained_model']['settings']['guidance']:g}."
+        )
+    )
     return (
         f"{evidence['model']} ({evidence['parameters']['total'] / 1e6:.1f} M parameters), the "
-        f"generator {evidence['backbone']}, from the same weights, each number of streams for as "
+        f"generator {evidence['backbone']}, from the same weights (docs/experiments.md says "
+        f"which), each number of streams for as "
         f"many steps of {evidence['batch']} latents; {evidence['prefix_tokens']} prefix tokens a "
         f"layer and stream, one seed. Energy score of {evidence['pictures']:,} validation latents; "
         f"{evidence['judged_pictures']:,} pictures drawn at guidance {settings['guidance']:g}, "
@@ -224,7 +233,7 @@ def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | Non
         f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
         f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, bootstrap "
-        f"over pictures. {_ear_verdict(evidence, figures)}"
+        f"over pictures.{cost} {_ear_verdict(evidence, figures)}"
     )
 
 

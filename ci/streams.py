@@ -45,6 +45,7 @@ from ci._streams import (
     run_case,
     streams_for,
 )
+from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.metrics.diversity import feature_diversity, inception_score, pixel_cosine
 from parscale_ear.metrics.features import (
@@ -102,7 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases += [Case(count, "aggregate") for count in counts if count > 1]
 
     twin = load_fp32(source, device, arguments.seed)
-    twin.label_tensor([arguments.label])  # a wrong one is refused before anything is timed
+    # What is wrong is refused before anything is timed.
+    twin.label_tensor([arguments.label])
+    if source.streams is not None:
+        trained = ParallelStreams.from_pretrained(source.streams, backbone=twin.fingerprint())
+        if trained.count not in counts:
+            raise ci.UsageError(
+                f"--streams-weights holds {trained.count} streams; name {trained.count} in --counts"
+            )
     roof = measure_roof(device, torch.bfloat16, runs=3 if arguments.quick else 10)
     var, packed = as_timed(copy.deepcopy(twin))
     sequential, twin_seconds = _time(var, twin, source, cases, runs, pairs, options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,6 +84,11 @@ def find_problems(
             problems.append(f"{name}: made with other weights; run ci/{_script(name)} again")
         if report["verdict"] != ci.verdict(_targets(report)):
             problems.append(f"{name}: its verdict does not follow from its targets")
+        problems += [
+            f"{name}: {target.status} does not follow from the figure of {target.name!r}"
+            for target in _targets(report)
+            if not follows(target)
+        ]
     for key in SAME_IN_ALL:
         if len({json.dumps(report[key], sort_keys=True) for report in reports.values()}) > 1:
             problems.append(f"the reports mix different {key}: run all scripts again")
@@ -103,6 +110,24 @@ def find_problems(
     return problems
 
 
+def follows(target: ci.Target) -> bool:
+    """Whether a target's status is what its figure and its limit say.
+
+    Limits are rounded where they are written down, so a figure within one per cent of one says
+    nothing; nor do targets without figure or limit, and skipped ones.
+    """
+    found = re.fullmatch(r"([≥≤<]) (-?[\d.e+-]+)( .*)?", target.limit)
+    if target.status == "SKIPPED" or target.value is None or found is None:
+        return True
+    if not isinstance(target.value, int | float) or math.isnan(target.value):
+        return target.status == "MISSED"
+    limit = float(found[2])
+    if abs(target.value - limit) <= 0.01 * abs(limit):
+        return True
+    met = target.value > limit if found[1] == "≥" else target.value < limit
+    return target.status == ("PASS" if met else "MISSED")
+
+
 def _stream_problems(report: Mapping[str, Any]) -> list[str]:
     """Looks for red flags again, in the figures as they stand in the report."""
     figures = report["figures"]
@@ -113,12 +138,27 @@ def _stream_problems(report: Mapping[str, Any]) -> list[str]:
             origin={"source": report["source_sha256"], "device": report["device"]},
         )
         told = [(flag["rule"], flag["why"]) for flag in figures["red_flags"]]
-    except (KeyError, TypeError, IndexError):
+        problems = _ratio_problems(figures["cases"]) + _ratio_problems(
+            figures["trained_model"]["cases"]
+        )
+    except (KeyError, TypeError, IndexError, ZeroDivisionError):
         return ["streams: its figures are not whole; run ci/streams.py again"]
     if told != [(flag.rule, flag.why) for flag in flags]:
         found = "; ".join(f"{flag.rule}: {flag.why}" for flag in flags) or "none"
-        return [f"streams: its red flags do not follow from its figures ({found})"]
-    return []
+        problems.append(f"streams: its red flags do not follow from its figures ({found})")
+    return problems
+
+
+def _ratio_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Efficiencies that do not follow from the times beside them."""
+    first = rows[0]["median_s"]
+    return [
+        f"streams: the efficiency at P = {row['streams']} does not follow from its times"
+        for row in rows
+        if not math.isclose(
+            row["efficiency"], row["streams"] * first / row["median_s"], rel_tol=1e-6
+        )
+    ]
 
 
 def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

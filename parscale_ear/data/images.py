@@ -24,6 +24,8 @@ from parscale_ear.checkpoint import atomic_path
 
 log = logging.getLogger(__name__)
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+# Files in folders that may hold pictures too: they are passed over, with a warning.
+UNREAD = frozenset({".gz", ".tgz", ".zip", ".7z", ".gif", ".avif", ".heic", ".jxl"})
 
 
 class ImageError(Exception):
@@ -163,7 +165,8 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
     Hugging Face's ``datasets`` (see ``data.hub``). Only names are read; pictures stay on disk.
 
     Raises:
-        ImageError: a path does not exist, an archive is damaged, or one holds no picture.
+        ImageError: a path does not exist, or holds no picture. Of a damaged archive the pictures in
+            front of the damage are taken, and a warning is logged.
     """
     refs: list[ImageRef] = []
     for text in paths:
@@ -191,7 +194,17 @@ def _folder_members(folder: Path) -> list[ImageRef]:
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     refs = [ImageRef(f, root=folder) for f in files if f.suffix.lower() in EXTENSIONS]
     for shard in (f for f in files if f.suffix.lower() == ".tar"):
-        refs.extend(_tar_members(shard))
+        try:
+            refs.extend(_tar_members(shard))
+        except ImageError as error:
+            log.warning("skipped %s", error)
+    others = sorted({f.suffix.lower() for f in files} & UNREAD)
+    if others:
+        count = sum(f.suffix.lower() in UNREAD for f in files)
+        log.warning(
+            "%s: %d files are passed over (%s); unpack archives, and convert pictures to PNG",
+            folder, count, ", ".join(others),
+        )  # fmt: skip
     return refs
 
 
@@ -211,9 +224,10 @@ def _tar_members(path: Path) -> list[ImageRef]:
                     assert content is not None  # it is a file
                     classes[stem] = content.read(256).decode("utf-8", "replace").strip()
     except tarfile.TarError as error:
-        raise ImageError(
-            f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
-        ) from error
+        damage = f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
+        if not refs:
+            raise ImageError(damage) from error
+        log.warning("%s; the %d pictures in front of the damage are used", damage, len(refs))
     refs = [replace(r, cls=classes.get(os.path.splitext(r.member or "")[0])) for r in refs]
     return sorted(refs, key=lambda ref: ref.name)
 

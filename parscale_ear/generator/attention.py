@@ -18,6 +18,7 @@ from parscale_ear.generator.packing import PackedLinear
 
 HUGE_PAGE = 2 * 2**20  # bytes
 SCORE_BYTES = 3 * 2**18  # of attention scores a CPU thread holds at a time: its cache's worth
+LEAST_LENGTH = 1e-12  # of a query or key that is made a unit vector
 MAX_LOG_SCALE = math.log(100)  # limit of a head's learned scale under L2-normalised attention
 
 
@@ -164,7 +165,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size)  # freed with the last tensor that looks at it
+    # Private: what is shared gets plain pages. Freed with the last tensor that looks at it.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them: plain pages serve as well
@@ -220,9 +222,11 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(rows, tokens, 3, self.heads, width // self.heads)
         scale = 0.25 / math.sqrt(width // self.heads)
         if self.log_scale is not None:
-            units = F.normalize(qkv[:, :, :2], dim=-1)  # (R, T, 2, N, D)
+            lengths = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
             gain = self.log_scale.clamp_max(MAX_LOG_SCALE).exp()[:, None]  # (N, 1)
-            query, key, scale = units[:, :, 0] * gain, units[:, :, 1], 1.0
+            # The gain goes with the length, (R, T, N, 1): one pass over the queries less.
+            query, key = qkv[:, :, 0] * (gain / lengths[:, :, 0]), qkv[:, :, 1] / lengths[:, :, 1]
+            scale = 1.0
         else:
             query, key = qkv[:, :, 0], qkv[:, :, 1]
         # (R, N, T, D) each
@@ -283,12 +287,21 @@ def attend(
     keys, values = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
     each = tokens * key.shape[2] * flat.element_size()  # bytes of a head's scores
     step = torch.get_num_threads() * max(1, SCORE_BYTES // each)
-    parts = []
-    for first in range(0, rows * heads, step):
-        span = slice(first, first + step)
-        scores = torch.bmm(flat[span], keys[span])  # (step, T, S)
+
+    def mix(first: int, last: int) -> Tensor:
+        scores = torch.bmm(flat[first:last], keys[first:last])  # (last − first, T, S)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -torch.inf)
-        parts.append(torch.bmm(scores.softmax(dim=-1).to(value.dtype), values[span]))
-    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return mixed.view(rows, heads, tokens, -1)
+        return torch.bmm(scores.softmax(dim=-1).to(value.dtype), values[first:last])
+
+    if step >= rows * heads or torch.is_grad_enabled():
+        parts = [mix(k, min(k + step, rows * heads)) for k in range(0, rows * heads, step)]
+        return (torch.cat(parts) if parts[1:] else parts[0]).view(rows, heads, tokens, -1)
+    # Each part goes, out of the cache, to where the projection behind this wants it.
+    mixed = values.new_empty(rows, tokens, heads, values.shape[-1])
+    for row in range(rows):
+        for first in range(0, heads, step):
+            last = min(first + step, heads)
+            part = mix(row * heads + first, row * heads + last)  # (last − first, T, D)
+            mixed[row, :, first:last] = part.transpose(0, 1)
+    return mixed.transpose(1, 2)

@@ -29,6 +29,23 @@ Mode = Literal["diverse", "aggregate"]
 Labels = Tensor | Sequence[int | None]
 
 
+def stream_count(streams: ParallelStreams | int) -> int:
+    """P of trained streams or of a number of plain ones.
+
+    Raises:
+        ValueError: the number is below 1, or ``streams`` is neither.
+    """
+    if isinstance(streams, ParallelStreams):
+        return streams.count
+    try:
+        count = 0 if isinstance(streams, bool) else operator.index(streams)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"streams must be at least 1, or trained streams, got {streams!r}")
+    return count
+
+
 class Rows:
     """Which rows go through the blocks together, and what becomes of their hidden states."""
 
@@ -111,7 +128,7 @@ class Rows:
             kept = kept[:: self.count]
         if not (self.guided and share):  # the other rows have no weight
             return transformer.output_norm(states, condition, kept)
-        states = torch.cat((states, hidden[half:]))
+        states = torch.cat((states, hidden[half:])) if self.joined else hidden
         kept = torch.cat((kept, torch.arange(half, len(hidden), device=device)))
         normed = transformer.output_norm(states, condition, kept)
         conditional, unconditional = normed.float().chunk(2)
@@ -208,25 +225,23 @@ class NextScaleGenerator(nn.Module):
             raise ValueError(f"mode must be 'diverse' or 'aggregate', got {mode!r}")
         if streams is None:
             return 1, None
-        if isinstance(streams, int):
-            if streams < 1:
-                raise ValueError(f"streams must be at least 1, got {streams}")
-            if mode == "aggregate" and streams > 1:
-                raise ValueError(
-                    f"aggregate mode needs trained streams, not only their number {streams}; "
-                    "give a ParallelStreams"
-                )
-            return streams, None
-        streams.check_fits(self.transformer.config, self.transformer.positions.device)
-        return streams.count, streams
+        count = stream_count(streams)
+        if isinstance(streams, ParallelStreams):
+            streams.check_fits(self.transformer.config, self.transformer.positions.device)
+            return count, streams
+        if mode == "aggregate" and count > 1:
+            raise ValueError(
+                f"aggregate mode needs trained streams, not only their number {count}; "
+                "give a ParallelStreams"
+            )
+        return count, None
 
     @staticmethod
     def by_stream(images: Tensor, streams: ParallelStreams | int | None, mode: Mode) -> Tensor:
         """(B · P, 3, H, W) → (B, P, 3, H, W) in diverse mode; without streams as they are."""
         if streams is None or mode == "aggregate":
             return images
-        count = streams if isinstance(streams, int) else streams.count
-        return images.view(-1, count, *images.shape[1:])
+        return images.view(-1, stream_count(streams), *images.shape[1:])
 
     def teach(
         self,

@@ -5,6 +5,8 @@ Shapes: R rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,11 @@ def check_sampling(top_k: int | None, top_p: float, guidance: float) -> None:
     """Checks what a user may ask for.
 
     Raises:
-        ValueError: ``top_k`` is below 0, ``top_p`` not in (0, 1], ``guidance`` below 0 or not
-            finite.
+        ValueError: ``top_k`` is below 0 or no integer, ``top_p`` not in (0, 1], ``guidance`` below
+            0 or not finite.
     """
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k must be at least 1, or 0 for all, got {top_k}")
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 0):
+        raise ValueError(f"top_k must be at least 1, a whole number, or 0 for all, got {top_k!r}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     check_guidance(guidance)

@@ -269,7 +269,8 @@ class VAR(NextScaleGenerator):
             share = scale / max(1, scales - 1)  # of the guidance
             normed = rows.settle(transformer, hidden, condition, share)
             logits = self.head(normed).float()  # (pictures, T, V)
-            finite = finite & torch.isfinite(logits).all()
+            # Both ends are finite only if all is: NaN is the lowest and the highest.
+            finite = finite & torch.isfinite(torch.stack(torch.aminmax(logits))).all()
             if on_logits is not None:
                 on_logits(scale, logits)
             if forced is not None:
@@ -279,13 +280,10 @@ class VAR(NextScaleGenerator):
             tokens.append(drawn)
             latent = latent + quantizer.contribution(scale, drawn)
             if callback is not None:
+                _check_finite(finite)  # nobody is shown what damaged weights draw
                 render = partial(self.vqvae.decode_latent, latent)
                 callback(ScaleEvent(scale, scales, drawn, render))
-        if not bool(finite):
-            raise ValueError(
-                "the logits were not finite (NaN or infinity); the weights are damaged, or the "
-                "dtype is too narrow for them: try bfloat16 or float32"
-            )
+        _check_finite(finite)
         return tokens, latent
 
     def generate(
@@ -475,3 +473,16 @@ class VAR(NextScaleGenerator):
         model = load_official(cls, vqvae_path, var_path, heads=heads, depth=depth)
         model = model.to(device=device or "cpu")
         return (model if dtype is None else model.set_dtype(dtype)).eval()
+
+
+def _check_finite(finite: Tensor) -> None:
+    """Waits for the device.
+
+    Raises:
+        ValueError: some logits were not.
+    """
+    if not bool(finite):
+        raise ValueError(
+            "the logits were not finite (NaN or infinity); the weights are damaged, or the dtype "
+            "is too narrow for them: try bfloat16 or float32"
+        )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 SIMILARITIES = ("psnr_db", "ssim", "ms_ssim", "haarpsi")
 HIGHEST_PSNR = 100.0  # dB, of one picture: one that comes back exactly has no finite PSNR
+BLOCK = 16  # side of the blocks that are flat or not, pixels
 MS_SSIM_SIDE = 161  # five scales and a window of 11 need more than 160 pixels
 
 
@@ -119,6 +120,46 @@ def _by_piq(
             for a, b in zip(pictures.split(8), references.split(8), strict=True)
         ]
     return torch.cat(values).double().numpy()
+
+
+def cell_pattern(
+    pictures: Tensor, references: Tensor, *, side: int = 4, most_varied: float | None = None
+) -> NDArray[np.float64]:
+    """The checkerboard in the error: its mean at every position of cells of ``side``² pixels.
+
+    A decoder whose last layer turns a position into such a cell may lay one pattern over all of them.
+    It is seen where a picture is flat, hardly in its texture.
+
+    Args:
+        pictures: (N, 3, H, W), 8-bit.
+        references: (N, 3, H, W), 8-bit.
+        side: of a cell, a divisor of 16.
+        most_varied: count only blocks of 16×16 pixels in which the reference's deviation, mean over
+            channels, is below this, levels of 255; None: all blocks.
+
+    Returns:
+        (3, side, side), levels of 255, positive where ``pictures`` are too bright; NaN where no block
+        counts. What is left of a picture beyond whole blocks is not looked at.
+
+    Raises:
+        ValueError: shape or dtype differ from that, or ``side`` is no divisor of 16.
+    """
+    _check(pictures, references)
+    if side < 1 or BLOCK % side:
+        raise ValueError(f"side must be a divisor of {BLOCK}, got {side}")
+    height, width = (size // BLOCK * BLOCK for size in pictures.shape[-2:])
+
+    def blocks(values: Tensor) -> Tensor:  # (M, 3, 16, 16)
+        cut: Tensor = values[..., :height, :width].double()
+        cut = cut.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    originals = blocks(references)
+    error = blocks(pictures) - originals
+    if most_varied is not None:
+        error = error[originals.std((2, 3), correction=0).mean(1) < most_varied]
+    cells = error.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (M, 3, Y, side, X, side)
+    return np.asarray(cells.mean((0, 2, 4)).numpy())
 
 
 def similarities(pictures: Tensor, references: Tensor) -> dict[str, NDArray[np.float64]]:

@@ -5,8 +5,8 @@ r"""Is the energy head worth having? The same trunk trained alike with four head
 
 Every head is trained from the same trunk weights, on the same latents in the same order, for the same
 time on the same machine: on tokens alone, or with ``--picture-minutes`` after that on whole pictures
-drawn with their gradient, by energy scores alone (no critic, no classifier). Guidance and temperature
-are chosen for each by the distance to the training pictures; EfficientNet-Lite1 judges. Two calls
+drawn with their gradient, by their energy scores beside the head's own loss of tokens (no critic, no
+classifier). Guidance and temperature are chosen for each by the distance to the training pictures; EfficientNet-Lite1 judges. Two calls
 with different ``--heads`` and one ``--out`` may run side by side; the last one to end writes
 ``RUN/heads.json`` with all that are finished.
 """
@@ -117,6 +117,16 @@ def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gauss
     }
 
 
+def _validation(folder: Path) -> list[list[float]]:
+    """Minutes and the head's own loss on the validation latents.
+
+    A rise says that it learns the training latents by heart. The end counts once, though it may
+    have been measured at its turn and as the end, and again by a later call.
+    """
+    lines = {line["step"]: line for line in read_log(folder) if "validation_energy_score" in line}
+    return [[line["minutes"], line["validation_energy_score"]] for line in lines.values()]
+
+
 def compare(
     recipe: EARRecipe, heads: Sequence[str], training_paths: Sequence[str],
     validation_paths: Sequence[str], out: Path,
@@ -164,12 +174,7 @@ def compare(
         "heads": {
             kind: {
                 **json.loads(path.read_text(encoding="utf-8")),
-                # Of its own loss: a rise says that it learns the training latents by heart.
-                "validation": [
-                    [line["minutes"], line["validation_energy_score"]]
-                    for line in read_log(out / kind)
-                    if "validation_energy_score" in line
-                ],
+                "validation": _validation(out / kind),
             }
             for kind, path in done.items()
         },
@@ -183,6 +188,7 @@ def compare(
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
         "threads": torch.get_num_threads(),
+        "decoder_sha256": checkpoint.digest(autoencoder.decoder.state_dict()),
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],
         "version": __version__,
         "torch": torch.__version__,

@@ -28,7 +28,7 @@ from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import find_images, from_uint8, load_squares
 from parscale_ear.metrics.features import FeatureChoice, FeatureExtractor, load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
-from parscale_ear.metrics.reconstruction import similarities
+from parscale_ear.metrics.reconstruction import cell_pattern, similarities
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import SHARP_KEEPS, named_release
@@ -39,7 +39,13 @@ NAMES = {"hybrid": "faithful", "sharp": "sharp", "baseline": "baseline (no hybri
 CARD = "README.md"
 JUDGE: FeatureChoice = "efficientnet-lite1"  # Lite0 took part in the sharp decoder's training
 BATCH = 16  # pictures at a time
+FLAT = 3.0  # levels of 255: a block of a smaller deviation is flat
 BEGIN, END = "<!-- figures: written by parscale_ear.training.release -->", "<!-- /figures -->"
+
+
+def _height(pattern: NDArray[np.float64]) -> float:
+    """Highest less lowest position of a pattern, (3, S, S), in the colour where that is most."""
+    return round(float(np.ptp(pattern, axis=(1, 2)).max()), 3)
 
 
 def look(extractor: FeatureExtractor, pictures: Tensor) -> NDArray[np.float32]:
@@ -56,6 +62,9 @@ def measure(
 ) -> dict[str, Any]:
     """Mean similarities over 8-bit pictures, (N, 3, 256, 256), and the distance to them.
 
+    Beside them the checkerboard in the error (:func:`cell_pattern`), highest less lowest position, in
+    levels: everywhere, and where a picture is flat.
+
     ``originals``: what the extractor sees of them, (N, D).
     """
     with tqdm(total=len(pictures), desc=name) as bar:
@@ -64,6 +73,8 @@ def measure(
         **{k: round(float(v.mean()), 4) for k, v in similarities(restored, pictures).items()},
         "distance": round(frechet_distance(look(extractor, restored), originals), 2),
         "distance_name": extractor.distance,
+        "pattern": _height(cell_pattern(restored, pictures)),
+        "pattern_flat": _height(cell_pattern(restored, pictures, most_varied=FLAT)),
     }
 
 
@@ -166,21 +177,24 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
         first = next(iter(facts.values()))
         figures = first["validation"]
         lines += [
-            f"| weights | decoder | PSNR, dB | SSIM | MS-SSIM | HaarPSI | {figures['distance_name']} |",
-            "|---|---|---|---|---|---|---|",
+            f"| weights | decoder | PSNR, dB | SSIM | MS-SSIM | HaarPSI | {figures['distance_name']} "
+            "| 4×4 pattern: all, flat |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for name, row in facts.items():
             found = row["validation"]
             lines.append(
                 f"| `{name}.safetensors` | {NAMES[name]} | {found['psnr_db']:.2f} "
                 + "".join(f"| {found[key]:.4f} " for key in ("ssim", "ms_ssim", "haarpsi"))
-                + f"| {found['distance']:.1f} |"
+                + f"| {found['distance']:.1f} | {found['pattern']:.1f}, {found['pattern_flat']:.1f} |"
             )
         lines += [
             "",
             f"Measured on {figures['pictures']} pictures of {', '.join(figures['data'])} at "
             f"{figures['side']}×{figures['side']}, {figures['precision']}, weights rounded to "
-            "FP16. A distance between so few pictures compares models on them, and nothing else.",
+            "FP16. A distance between so few pictures compares models on them, and nothing else. "
+            "Pattern: the mean error at each of 4×4 positions, highest less lowest, in levels of 255: "
+            f"everywhere, and in flat blocks (16×16 pixels of a deviation below {FLAT:g} levels).",
             *(_latent_lines(first["latent"]) if "latent" in first else ()),
             "",
             "Every stage goes on from the one above it, baseline and the first sharp one from hybrid:",

@@ -54,6 +54,8 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
             )
     told = json.loads((run / RECIPE_FILE).read_text(encoding="utf-8"))
     told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k != "processes"}
+    if told.get("layout_channels") == 0:  # a field of release 0.6 that said nothing
+        del told["layout_channels"]
     try:
         recipe = EARRecipe(**told)
     except TypeError as error:

@@ -65,7 +65,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the blocks instead of packing weights; pays for many pictures",
+        help="torch.compile the blocks instead of packing weights; takes minutes first",
     )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--out", type=Path, required=True, help="PNG file")

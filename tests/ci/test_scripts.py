@@ -20,7 +20,7 @@ import ci.sanity
 import ci.streams
 import ci.validate_results
 from ci import _common, _evidence
-from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
+from ci.validate_results import REPORTS, find_problems, follows, judge, milestone_rows, read_reports
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.metrics.frechet import Gaussian
 from parscale_ear.metrics.generation import FeatureStatistics, shipped_statistics
@@ -69,6 +69,11 @@ class TestStreams:
             if row["streams"] == 2:
                 row["tokens_s"] = row["tokens_s"] / 100
         assert "red flags do not follow" in " ".join(find_problems(forged))
+        for part in ("cases", "trained_model"):
+            forged = copy.deepcopy(reports)
+            rows = forged["streams"]["figures"][part]
+            (rows["cases"] if part == "trained_model" else rows)[1]["efficiency"] = 39.0
+            assert "efficiency at P = " in " ".join(find_problems(forged))
         hidden = copy.deepcopy(reports)
         hidden["streams"]["figures"]["cases"][1]["block_calls"] = [20]
         assert "block calls" in " ".join(find_problems(hidden))
@@ -185,10 +190,25 @@ class TestValidation:
         assert judge(reports, problems) == 2
 
     def test_a_missed_target_is_exit_code_1(self, reports: dict[str, dict[str, Any]]) -> None:
-        reports["sanity"]["targets"][0]["status"] = "MISSED"
+        reports["sanity"]["targets"][0].update(status="MISSED", value=None)
         reports["sanity"]["verdict"] = "MISSED"
         assert find_problems(reports) == []
         assert judge(reports, []) == 1
+
+    @pytest.mark.parametrize(
+        ("value", "limit", "status"),
+        [
+            (1.4, "≥ 1.5", "MISSED"), (3.4e9, "≥ 1.5 dB", "PASS"), (-0.33, "≤ -0.35", "MISSED"),
+            (2e-7, "≤ 1e-06", "PASS"), (0.1, "< 0", "MISSED"), (float("nan"), "≥ 1", "MISSED"),
+        ],
+    )  # fmt: skip
+    def test_a_status_must_follow_from_its_figure(
+        self, value: float, limit: str, status: str
+    ) -> None:
+        other = {"PASS": "MISSED", "MISSED": "PASS"}[status]
+        assert follows(_common.Target("x", status, value, limit))
+        assert not follows(_common.Target("x", other, value, limit))
+        assert follows(_common.Target("x", "SKIPPED", value, limit))
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"milestone": "M2-2"}'])
     def test_unreadable_reports(self, tmp_path: Path, content: str) -> None:
@@ -227,7 +247,9 @@ class TestTargets:
 
     def test_an_extractor_that_took_part_in_training_does_not_judge(self) -> None:
         def result(name: str) -> dict[str, Any]:
-            row = {"distance": {"value": 1.0}, "relative_distance": {"value": -0.5}}
+            row = {
+                "distance": {"value": -1.0, "high": 0.1}, "relative_distance": {"value": -0.5},
+            }  # fmt: skip
             return {
                 "distance_name": name,
                 "differences": {"hybrid": row, "sharp": row},
@@ -241,10 +263,13 @@ class TestTargets:
             targets = ci.fid_eval._targets(result(name), "hybrid")
             lowered = [t for t in targets if "sharp − faithful" in t.name]
             assert [t.status for t in lowered] == [expected]
+            earned = [t for t in targets if "upper end" in t.name]
+            assert [(t.status, t.value) for t in earned] == [("MISSED", 0.1)]
 
     def test_the_cards_bars_are_judged_in_full_runs(self) -> None:
         def facts(psnr: float, distance: float) -> dict[str, Any]:
             row = {"ssim": 0.8, "pictures": 9, "data": ["x.tar"], "distance_name": "FD"}
+            row["pattern_flat"] = 10 - distance
             return {
                 "faithful": {**row, "psnr_db": psnr, "distance": 10.0},
                 "sharp": {**row, "psnr_db": 26.0, "distance": distance},
@@ -254,8 +279,9 @@ class TestTargets:
             found = ci.fid_eval.card_targets(facts(psnr, distance), quick=quick)
             return [target.status for target in found]
 
-        assert statuses(27.5, 6.0) == ["PASS"] * 4
-        assert statuses(27.3, 6.6) == ["MISSED", "PASS", "PASS", "MISSED"]
+        assert statuses(27.5, 6.0) == ["PASS"] * 4 + ["MISSED"]
+        assert statuses(27.3, 6.6) == ["MISSED", "PASS", "PASS", "MISSED", "MISSED"]
+        assert statuses(27.5, 9.9)[-1] == "PASS"
         assert set(statuses(27.3, 6.6, quick=True)) == {"SKIPPED"}
         shipped = ci.fid_eval.card_targets(ci.fid_eval.shipped_facts(), quick=False)
         assert all(target.why.endswith(".tar") for target in shipped)

@@ -133,6 +133,33 @@ class TestFinding:
         keys = [ref.key for ref in find_images(paths)]
         assert keys == ["a/1.png", "b/1.png", "a.tar/1.png", "b.tar/1.png"]
 
+    def test_a_cut_off_shard_gives_what_it_has(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "a.png")
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        for name in ("0.tar", "1.tar", "2.tar"):
+            with tarfile.open(folder / name, "w") as archive:
+                for number in range(3):
+                    archive.add(tmp_path / "a.png", arcname=f"{name}{number}.png")
+        whole = (folder / "0.tar").read_bytes()
+        each = len(whole) // 4
+        (folder / "1.tar").write_bytes(whole[: 2 * each + each // 2])
+        (folder / "2.tar").write_bytes(b"no archive" * 100)
+        (folder / "3.tar.gz").touch()
+        (folder / "4.gif").touch()
+        refs = find_images([folder])
+        assert 5 <= len(refs) <= 6  # the last one of the second shard may be named, and be damaged
+        assert [ref.load().size for ref in refs[:5]] == [(64, 64)] * 5
+        told = caplog.text
+        assert "1.tar: not a whole" in told
+        assert "pictures in front of the damage are used" in told
+        assert "skipped" in told
+        assert "2.tar: not a whole" in told
+        assert "2 files are passed over (.gif, .gz)" in told
+
     def test_damaged_pictures(self, tmp_path: Path) -> None:
         buffer = io.BytesIO()
         gradient(200, 200).save(buffer, format="PNG")

@@ -103,6 +103,13 @@ def test_squared_error_finds_only_the_mean() -> None:
     torch.testing.assert_close(drawn.mean(0), torch.tensor([1.0, 0.0]), atol=0.3, rtol=0)
 
 
+def test_an_exponent_of_2_does_not_find_the_modes() -> None:
+    drawn = trained_head(2.0)  # any law with this mean scores as well
+    left = (drawn + torch.tensor([2.0, 0.0])).norm(dim=1) < 1
+    assert float(left.float().mean()) < 0.05  # of the mixture: a quarter
+    torch.testing.assert_close(drawn.mean(0), torch.tensor([1.0, 0.0]), atol=0.4, rtol=0)
+
+
 def small_head() -> EnergyHead:
     torch.manual_seed(0)
     head = EnergyHead(8, channels=4, levels=3, head_width=16, blocks=2, noise=6)

@@ -350,7 +350,8 @@ def test_top_k_and_top_p_limit_what_is_drawn(var: VAR) -> None:
         ({"top_k": -1}, "top_k must be at least 1"),
         ({"guidance": -0.1}, "guidance must be at least 0"),
         ({"guidance": float("nan")}, "guidance must be at least 0"),
-        ({"streams": 0}, "streams must be at least 1"),
+        *(({"streams": bad}, "streams must be at least 1") for bad in (0, 2.0, "2", True)),
+        ({"top_k": 5.5}, "top_k must be at least 1"),
         ({"streams": 2, "mode": "both"}, "'diverse' or 'aggregate'"),
         ({"streams": 2, "mode": "aggregate"}, "needs trained streams"),
     ],
@@ -365,6 +366,31 @@ def test_logits_that_are_not_finite_are_refused(var: VAR) -> None:
         var.transformer.layers()[1].mlp_out.bias[0] = torch.nan  # type: ignore[index]
     with pytest.raises(ValueError, match="not finite"):
         var.generate([3])
+    shown: list[object] = []
+    with pytest.raises(ValueError, match="not finite"):
+        var.generate([3], callback=shown.append)
+    assert not shown
+
+
+def test_numbers_of_numpy_will_do(var: VAR) -> None:
+    plain, same = (
+        var.generate([3], streams=count, top_k=k, generator=torch.Generator().manual_seed(0))
+        for count, k in ((2, 5), (np.int64(2), np.int64(5)))
+    )
+    assert torch.equal(plain, same)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells its mappings")
+def test_a_large_cache_lies_in_memory_that_may_have_huge_pages() -> None:
+    cache = attention.KVCache(depth=4, rows=2, heads=4, tokens=512, head_width=64)
+    assert cache.nbytes >= attention.HUGE_PAGE
+    place, last = cache.slots.data_ptr(), cache.slots.data_ptr() + cache.nbytes
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= place and last <= end:
+            assert line.split()[1] == "rw-p"  # shared memory gets plain pages
+            return
+    pytest.fail("the cache lies in no single mapping")
 
 
 def test_teacher_forcing_refuses_wrong_tokens(var: VAR) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from parscale_ear.metrics.reconstruction import haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.metrics.reconstruction import cell_pattern, haarpsi, ms_ssim, psnr, ssim
 
 
 @pytest.fixture
@@ -61,6 +61,27 @@ def test_similarities_fall_with_damage(photographs: torch.Tensor) -> None:
             means.append(values.mean())
         assert means[0] == pytest.approx(1, abs=1e-5)
         assert means[0] > means[1] > means[2] > 0
+
+
+def test_a_pattern_of_cells_is_found(photographs: torch.Tensor) -> None:
+    originals = photographs[:2, :, :37, :42] // 2 + 40
+    originals[1, :, :16] = 100
+    damaged = originals + 3
+    damaged[0, 1, 2::4, 3::4] += 5
+    damaged[1, 2, :16:4, ::4] += 8
+    found = cell_pattern(damaged, originals)
+    expected = np.full((3, 4, 4), 3.0)
+    expected[1, 2, 3] += 2.5  # in one of two pictures
+    expected[2, 0, 0] += 2  # in a quarter of all blocks
+    np.testing.assert_allclose(found, expected)
+    flat = cell_pattern(damaged, originals, most_varied=1)
+    expected = np.full((3, 4, 4), 3.0)
+    expected[2, 0, 0] += 8
+    np.testing.assert_allclose(flat, expected)
+    assert cell_pattern(damaged, originals, side=2).shape == (3, 2, 2)
+    assert np.isnan(cell_pattern(damaged, originals, most_varied=0)).all()
+    with pytest.raises(ValueError, match="divisor of 16"):
+        cell_pattern(damaged, originals, side=3)
 
 
 def test_ms_ssim_needs_room_for_five_scales(photographs: torch.Tensor) -> None:

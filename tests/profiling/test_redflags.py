@@ -86,6 +86,7 @@ def test_an_honest_set_raises_no_flag() -> None:
         ),
         ("memory", {"peak_bytes": 1100 * MIB}),
         ("memory", {"peak_bytes": 900 * MIB}),
+        ("memory", {"peak_bytes": None}),
         ("diversity", {"pixel_digests": ("p1", "p1", "p1", "p1")}),
         ("diversity", {"diversity": 0.0}),
         ("diversity", {"diversity": -1.0}),
@@ -116,6 +117,12 @@ def test_an_honest_set_raises_no_flag() -> None:
 )
 def test_a_forged_set_is_caught(rule: str, forged: dict[str, Any]) -> None:
     assert rules(ONE, replace(FOUR, **forged)) == {rule}
+
+
+def test_a_single_stream_that_takes_too_long_is_caught() -> None:
+    """It makes others look good; joined streams end in one picture, too, and may save a decoder."""
+    assert rules(replace(ONE, seconds=30.0), FOUR) == {"efficiency"}
+    assert rules(replace(ONE, seconds=3.5), JOINED) == set()
 
 
 def test_no_scales_at_all() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +242,52 @@ def test_streams_train_with_the_generator_or_on_a_frozen_one(
         ParallelStreams.from_pretrained(
             tmp_path / "True" / "streams2.safetensors", backbone=before.fingerprint()
         )
+
+
+@pytest.mark.slow
+def test_two_processes_train_all_stages(recipe: EARRecipe, trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
+    words = {
+        name: str(getattr(recipe, name))
+        for name in (
+            *("latents", "validation", "steps", "stream_steps", "picture_steps", "picture_classes"),
+            *("picture_draws", "depth", "width", "heads", "head_width", "head_blocks"),
+            *("noise_channels", "prefix_tokens", "precision"),
+        )
+    }
+    words |= {
+        "batch": "2",
+        "picture_batch": "2",
+        "picture_pairs": "4",
+        "out": str(tmp_path / "run"),
+    }
+    options = [part for k, v in words.items() for part in (f"--{k.replace('_', '-')}", v)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "parscale_ear.cli", "train", "ear", "--streams", "1", "2", *options),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for stage in ("ear", "pictures", "streams2"):
+        ours, theirs = (read_log(folder / stage)[-1] for folder in (tmp_path / "run", trained))
+        assert ours["finished"]
+        name = "validation_energy_score"
+        assert ours[name] == pytest.approx(theirs[name], rel=0.1)
+    seen = [
+        checkpoint.load(tmp_path / "run" / "pictures" / f"features{k}.safetensors")[0]
+        for k in (0, 1)
+    ]
+    assert seen[0].keys() == seen[1].keys()  # every process looked at the real pictures itself
+    before, after = (
+        EnergyAR.load(tmp_path / "run" / f"{stage}.safetensors").state_dict()
+        for stage in ("ear", "pictures")
+    )
+    assert all(bool(torch.isfinite(value).all()) for value in after.values())
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_another_recipe_is_refused(recipe: EARRecipe, trained: Path) -> None:
