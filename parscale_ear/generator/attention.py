@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
+import weakref
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -160,18 +163,48 @@ class GrowingCache:
         self.length += tokens
 
 
+class SparePages:
+    """Memory of the last cache on the CPU, kept for the next one.
+
+    New memory is handed out page by page as it is touched, and every page is cleared first: that
+    takes a tenth of a generation's time. Here it happens once. It is in huge pages on Linux, where
+    the kernel has some. Two generations at a time get memory of their own.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self._lock = threading.Lock()
+        self._pages: mmap.mmap | None = None
+        self._handed_out: weakref.ref[memoryview] | None = None
+
+    def take(self, size: int) -> memoryview:
+        """Memory of ``size`` bytes, whatever is in it; free again when the view of it is gone."""
+        with self._lock:
+            used = self._handed_out is not None and self._handed_out() is not None
+            if self._pages is None or used or not size <= len(self._pages) <= 2 * size:
+                # Private: what is shared gets plain pages. What was there goes with its last view.
+                self._pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with suppress(OSError):  # a kernel without huge pages: plain ones serve as well
+                    self._pages.madvise(mmap.MADV_HUGEPAGE)
+            view = memoryview(self._pages)[:size]  # a tensor on it keeps it, and it the pages
+            self._handed_out = weakref.ref(view)
+            return view
+
+    def clear(self) -> None:
+        """Lets the memory go, when nothing looks at it any more."""
+        with self._lock:
+            self._pages = self._handed_out = None
+
+
+spare_pages = SparePages()
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory to be filled; on Linux's CPU in huge pages, as a cache is touched page by page."""
+    """Memory to be filled; on Linux's CPU that of the last cache, if that is free."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    # Private: what is shared gets plain pages. Freed with the last tensor that looks at it.
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them: plain pages serve as well
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return torch.frombuffer(spare_pages.take(size), dtype=dtype).view(shape)
 
 
 class SelfAttention(nn.Module):

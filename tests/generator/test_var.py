@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,6 +392,33 @@ def test_a_large_cache_lies_in_memory_that_may_have_huge_pages() -> None:
             assert line.split()[1] == "rw-p"  # shared memory gets plain pages
             return
     pytest.fail("the cache lies in no single mapping")
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are Linux's")
+def test_a_caches_memory_serves_the_next_one_when_it_is_free() -> None:
+    attention.spare_pages.clear()
+
+    def new(tokens: int = 512) -> attention.KVCache:
+        return attention.KVCache(depth=4, rows=2, heads=4, tokens=tokens, head_width=64)
+
+    first = new()
+    first.slots.fill_(1)
+    second = new()  # beside it
+    second.slots.fill_(2)
+    assert bool((first.slots == 1).all())
+    place, view = second.slots.data_ptr(), second.slots[0, 0]
+    del first, second
+    third = new()
+    third.slots.fill_(3)
+    assert bool((view == 2).all())  # a view alone keeps it from being used again
+    place = third.slots.data_ptr()
+    del third
+    again = new()
+    assert again.slots.data_ptr() == place
+    assert again.slots.untyped_storage().nbytes() == again.nbytes
+    del again
+    assert new(400).slots.data_ptr() == place  # smaller ones fit
+    assert new(5000).nbytes > 9 * new(512).nbytes
 
 
 def test_teacher_forcing_refuses_wrong_tokens(var: VAR) -> None:
