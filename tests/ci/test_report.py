@@ -149,10 +149,11 @@ def test_the_verdict_on_streams_is_what_the_intervals_say(
         {"streams": 1, "median_s": 0.05, "cache_bytes": 2**20},
         {"streams": 2, "median_s": 0.075, "cache_bytes": 3 * 2**20},
     ]
-    figures = {"trained_model": {"aggregate": costs}}
+    figures = {"trained_model": {"aggregate": costs, "settings": {"guidance": 2.0}}}
     text = _stream_tables.ear_worth_text(evidence, figures)
     assert words in text
     assert "1.5 times the time and 3.0 times the cache" in text
+    assert "of the same size, guidance 2." in text
     assert "was not measured in this run" in _stream_tables.ear_worth_text(evidence, None)
     first, second = _stream_tables.ear_worth_rows(evidence, figures)
     assert (first[3], first[5]) == ("", "")
