@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from parscale_ear.generator.packing import PackedLinear
 
 HUGE_PAGE = 2 * 2**20  # bytes
+MOST_SPARE = 8  # times a cache's size that the memory kept from another may have
 SCORE_BYTES = 3 * 2**18  # of attention scores a CPU thread holds at a time: its cache's worth
 LEAST_LENGTH = 1e-12  # of a query or key that is made a unit vector
 MAX_LOG_SCALE = math.log(100)  # limit of a head's learned scale under L2-normalised attention
@@ -168,7 +169,8 @@ class SparePages:
 
     New memory is handed out page by page as it is touched, and every page is cleared first: that
     takes a tenth of a generation's time. Here it happens once. It is in huge pages on Linux, where
-    the kernel has some. Two generations at a time get memory of their own.
+    the kernel has some. Two generations at a time get memory of their own. Memory that is larger
+    than asked for serves too, up to ``MOST_SPARE`` times: one stream's cache lies in that of four.
     """
 
     def __init__(self) -> None:
@@ -181,7 +183,7 @@ class SparePages:
         """Memory of ``size`` bytes, whatever is in it; free again when the view of it is gone."""
         with self._lock:
             used = self._handed_out is not None and self._handed_out() is not None
-            if self._pages is None or used or not size <= len(self._pages) <= 2 * size:
+            if self._pages is None or used or not size <= len(self._pages) <= MOST_SPARE * size:
                 # Private: what is shared gets plain pages. What was there goes with its last view.
                 self._pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 with suppress(OSError):  # a kernel without huge pages: plain ones serve as well

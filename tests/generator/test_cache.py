@@ -1,0 +1,74 @@
+"""The KV cache: its size, its memory, what it refuses."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from parscale_ear.generator import attention
+from parscale_ear.generator.var import VAR
+
+
+def test_cache_is_as_large_as_it_says(var: VAR) -> None:
+    for rows, prefix in ((1, 0), (6, 5)):
+        cache = var.transformer.new_cache(rows, prefix)
+        assert cache.nbytes == var.transformer.kv_cache_bytes(rows, prefix)
+        assert cache.slots.untyped_storage().nbytes() == cache.nbytes
+    assert var.kv_cache_bytes(2, streams=3, prefix=5) == var.transformer.kv_cache_bytes(12, 5)
+    assert var.kv_cache_bytes(2, guidance=False) == var.transformer.kv_cache_bytes(2)
+    joined = var.kv_cache_bytes(2, streams=3, mode="aggregate")
+    assert joined == var.transformer.kv_cache_bytes(2 * 3 + 2)
+
+
+def test_cache_refuses_what_does_not_fit(var: VAR) -> None:
+    cache = var.transformer.new_cache(1)
+    parts = torch.zeros(1, 3, cache.capacity + 1, 32)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.write(0, parts, parts)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.write(0, parts[:, :2, :1], parts[:, :2, :1])
+    assert cache.length == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells its mappings")
+def test_a_large_cache_lies_in_memory_that_may_have_huge_pages() -> None:
+    cache = attention.KVCache(depth=4, rows=2, heads=4, tokens=512, head_width=64)
+    assert cache.nbytes >= attention.HUGE_PAGE
+    place, last = cache.slots.data_ptr(), cache.slots.data_ptr() + cache.nbytes
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= place and last <= end:
+            assert line.split()[1] == "rw-p"  # shared memory gets plain pages
+            return
+    pytest.fail("the cache lies in no single mapping")
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are Linux's")
+def test_a_caches_memory_serves_the_next_one_when_it_is_free() -> None:
+    attention.spare_pages.clear()
+
+    def new(tokens: int = 512) -> attention.KVCache:
+        return attention.KVCache(depth=4, rows=2, heads=4, tokens=tokens, head_width=64)
+
+    first = new()
+    first.slots.fill_(1)
+    second = new()  # beside it
+    second.slots.fill_(2)
+    assert bool((first.slots == 1).all())
+    place, view = second.slots.data_ptr(), second.slots[0, 0]
+    del first, second
+    third = new()
+    third.slots.fill_(3)
+    assert bool((view == 2).all())  # a view alone keeps it from being used again
+    place = third.slots.data_ptr()
+    del third
+    again = new()
+    assert again.slots.data_ptr() == place
+    assert again.slots.untyped_storage().nbytes() == again.nbytes
+    del again
+    for tokens in (400, 130):  # smaller ones fit, one stream's cache into that of four too
+        assert new(tokens).slots.data_ptr() == place
+    assert new(5000).nbytes > 9 * new(512).nbytes
