@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,15 @@ def _fresh(
         model.latent_fingerprint = fingerprint
         return model
     model = EnergyAR.load(recipe.start)
-    if model.config != config:
-        raise TrainingError(f"{recipe.start}: another model than the one to train")
+    has, asked = asdict(model.config), asdict(config)
+    others = [
+        f"{name} is {has[name]}, not {asked[name]}" for name in has if has[name] != asked[name]
+    ]
+    if others:
+        raise TrainingError(
+            f"{recipe.start}: another model than the one to train ({'; '.join(others)}); give the "
+            "options that say so"
+        )
     if model.latent_fingerprint != fingerprint:
         raise TrainingError(f"{recipe.start}: trained on latents of another autoencoder")
     return model.train()

@@ -3,12 +3,12 @@ r"""Is the energy head worth having? The same trunk trained alike with four head
     python -m parscale_ear.training.head_comparison --latents LATENTS --validation-latents LATENTS \\
         --training TRAIN_TAR --validation VAL_TAR --minutes 45 --out RUN
 
-Every head is trained from the same trunk weights, on the same latents in the same order, for the same
-time on the same machine: on tokens alone, or with ``--picture-minutes`` after that on whole pictures
-drawn with their gradient, by their energy scores beside the head's own loss of tokens (no critic, no
-classifier). Guidance and temperature are chosen for each by the distance to the training pictures; EfficientNet-Lite1 judges. Two calls
-with different ``--heads`` and one ``--out`` may run side by side; the last one to end writes
-``RUN/heads.json`` with all that are finished.
+Every head is trained from the same trunk weights, on the same latents in the same order, for the
+same time on the same machine: on tokens alone, or with ``--picture-minutes`` after that on whole
+pictures drawn with their gradient, by their energy scores beside the head's own loss of tokens (no
+critic, no classifier). Guidance and temperature are chosen for each by the distance to the training
+pictures; EfficientNet-Lite1 judges. Two calls with different ``--heads`` and one ``--out`` may run
+side by side; the last one to end writes ``RUN/heads.json`` with all that are finished.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
     torch.manual_seed(seed)
     model = EnergyAR(config)
     if kind != "energy":
-        model.head = HEADS[kind](**config.head)  # type: ignore[assignment]
+        shared = {name: value for name, value in config.head.items() if name != "direct"}
+        model.head = HEADS[kind](**shared)  # type: ignore[assignment]
     return model
 
 

@@ -25,6 +25,7 @@ AUTOENCODER = {
     "ssim_weight": "after the first stage",
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",
+    "pattern_weight": "of the error that all 4x4 cells share, likewise",
     "workers": "threads that prepare crops ahead",
     "seed": "of weights, crops and noise",
 }
@@ -66,6 +67,7 @@ EAR = {
     "head_width": "channels of the energy head",
     "head_blocks": "its residual blocks",
     "noise_channels": "its noise",
+    "direct_noise": "noise is also added to what the head says",
     "phases": "passes of the finest level: 1, 2 or 4",
     "prefix_tokens": "of a stream",
     "batch": "latents a step and process",
@@ -208,7 +210,12 @@ def _add_common(
         default = defaults[name]
         assert default is not MISSING
         if isinstance(default, bool):
-            model.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+            model.add_argument(
+                f"--{name.replace('_', '-')}",
+                action=argparse.BooleanOptionalAction,
+                default=default,
+                help=f"{text} (default {'yes' if default else 'no'})",
+            )
             continue
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else default
