@@ -20,7 +20,7 @@ from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
-from parscale_ear.training.losses import log_mse_loss, ssim_loss
+from parscale_ear.training.losses import log_mse_loss, pattern_loss, ssim_loss
 from parscale_ear.training.perceptual import Critic, FeatureLoss
 from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
 
@@ -89,7 +89,7 @@ class AutoencoderTask:
         return loss, parts
 
     def _sharp_loss(self, step: int, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels, features and the critic's verdict."""
+        """Pixels, features, the critic's verdict, and what all cells have in common."""
         with torch.no_grad():
             latent = self.model.enhance(self.model.encode(images).mode())
         restored = self.model.decode(latent)
@@ -107,10 +107,16 @@ class AutoencoderTask:
             + self.recipe.feature_weight * features
             + self.recipe.adversarial_weight * verdict
         )
+        parts = {}
+        if self.recipe.pattern_weight:
+            pattern = pattern_loss(restored, images)
+            loss = loss + self.recipe.pattern_weight * pattern
+            parts["pattern_levels"] = 127.5 * pattern.detach().sqrt()
         return loss, {
             "reconstruction": reconstruction.detach(),
             "features": features.detach(),
             "verdict": verdict.detach(),
+            **parts,
             "critic": self.adversary.last_loss,
         }
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 _FLOOR = 1e-4  # squared error below which a picture counts as good enough (46 dB)
 _SCALE = 0.1  # brings the gradient to the size of a mean absolute error's
+_BLOCK, _CELL = 16, 4  # pixels: where variation is measured; what may carry a pattern
+_PATTERN_GROUPS = 4  # of blocks, from flat to varied
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # of the Gaussian window, pixels
 
 
@@ -58,3 +60,33 @@ def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
         c1, c2 = 0.01**2, 0.03**2
         luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
         return 1 - (luminance * (2 * covariance + c2) / (variances + c2)).mean()
+
+
+def pattern_loss(output: Tensor, target: Tensor) -> Tensor:
+    """The error that the 4×4 cells of a picture have in common: a checkerboard, or a tint; a scalar.
+
+    Losses of features and of a critic hardly see it, and in texture nobody does; but it must not go
+    from there into flat parts. So a picture's blocks of 16×16 pixels are put into groups by how varied
+    the target is, and each group's mean error at each of a cell's positions must vanish for itself.
+
+    Args:
+        output: (B, 3, H, W), H and W multiples of 16.
+        target: (B, 3, H, W) in [−1, 1].
+
+    Returns:
+        Mean over pictures, groups, colours and positions of the squared mean error, in FP32.
+    """
+
+    def blocks(values: Tensor) -> Tensor:  # (B, M, 3, 16, 16)
+        values = values.float().unflatten(3, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))
+        return values.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+    original = blocks(target)
+    error = blocks(output) - original
+    cells = (
+        error.unflatten(4, (-1, _CELL)).unflatten(3, (-1, _CELL)).mean((3, 5))
+    )  # (B, M, 3, 4, 4)
+    order = original.std((3, 4), correction=0).mean(2).argsort(1)  # (B, M), flat ones first
+    cells = torch.take_along_dim(cells, order[:, :, None, None, None], dim=1)
+    groups = cells.chunk(_PATTERN_GROUPS, dim=1)
+    return torch.stack([group.mean(1).square().mean() for group in groups]).mean()

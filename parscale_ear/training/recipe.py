@@ -24,7 +24,7 @@ LOSSES = {  # weighted terms beside the log MSE
     "vae": ("kl",),
     "hybrid": ("kl", "ssim"),
     "baseline": ("ssim",),
-    "sharp": ("feature", "adversarial"),
+    "sharp": ("feature", "adversarial", "pattern"),
 }
 
 
@@ -50,6 +50,7 @@ class Recipe:
     ssim_weight: float = 0.05  # of 1 − SSIM in the stages hybrid and baseline
     feature_weight: float = 0.3  # of the feature loss in stage sharp
     adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
+    pattern_weight: float = 100.0  # of the error that all 4×4 cells share, in stage sharp
     seed: int = 0  # of weights, crops and noise
     workers: int = 0  # threads that prepare crops ahead; 0: none
     precision: Precision = "bf16"  # autocast dtype
@@ -86,7 +87,7 @@ class Recipe:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
             *("kl_weight", "ssim_weight", "feature_weight", "adversarial_weight"),
-            "latent_noise",
+            *("pattern_weight", "latent_noise"),
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
