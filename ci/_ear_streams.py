@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ci import _common as ci
-from ci._streams import Case, run_alternately, run_case
+from ci._streams import (
+    Case,
+    ear_streams,
+    measure_memory,
+    prefix_tokens,
+    run_alternately,
+    run_case,
+)
 from parscale_ear.data.images import to_uint8
 from parscale_ear.generator.ear import EnergyAR
-from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.metrics.diversity import feature_diversity, pixel_cosine
 from parscale_ear.metrics.features import FeatureExtractor
-from parscale_ear.training.ear_recipe import EARRecipe
 
 GUIDANCE = (0.0, 1.0, 2.0, 4.0)  # that diversity is measured at, beside the recommended one
 
@@ -26,7 +31,7 @@ def measure_ear_streams(
 ) -> dict[str, Any]:
     """Time and diversity of P plain streams in one pass, beside P calls of one picture.
 
-    And the time of one picture that P streams draw together.
+    And time and memory of one picture that P streams draw together.
 
     Args:
         counts: numbers of streams; 1 among them.
@@ -39,26 +44,19 @@ def measure_ear_streams(
     classes = len(model.config.class_names)
     guidance = model.recommended["guidance"]
     cases = [Case(count, "diverse") for count in counts]
-    # One picture from all streams: fresh prefixes, as long as trained ones, take as much time.
     joined = [Case(count, "aggregate") for count in counts]
-    torch.manual_seed(seed)
-    fresh = [
-        ParallelStreams.fitting(
-            model.config.transformer, case.streams, prefix_tokens=EARRecipe.prefix_tokens
-        )
-        .to(device)
-        .eval()
-        for case in joined
-    ]
+    streams = [ear_streams(model, case, seed) for case in (*cases, *joined)]
     functions = [
-        lambda c=case, s=streams: run_case(model, s, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
-        for case, streams in (
-            *((case, case.streams) for case in cases),
-            *zip(joined, fresh, strict=True),
-        )
+        lambda c=case, s=those: run_case(model, s, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
+        for case, those in zip((*cases, *joined), streams, strict=True)
     ]
     with ci.progress(len(functions) * (runs + 1), "EnergyAR") as advance:
         run_alternately(functions, runs, advance)
+    with ci.progress(len(joined), "memory in fresh processes") as advance:
+        memory = []
+        for case in joined:
+            memory.append(measure_memory(None, case, device, label=0, guidance=guidance, seed=seed))
+            advance()
     first = float(np.median(cases[0].seconds[1:]))
     rows = []
     for case in cases:
@@ -92,11 +90,13 @@ def measure_ear_streams(
                 "cache_bytes": model.kv_cache_bytes(
                     streams=case.streams,
                     guidance=guidance > 0,
-                    prefix=streams.prefix_tokens,
+                    prefix=prefix_tokens(those),
                     mode="aggregate",
                 ),
+                "loaded_bytes": peak["loaded"],
+                "peak_bytes": peak["peak"],
             }
-            for case, streams in zip(joined, fresh, strict=True)
+            for case, those, peak in zip(joined, streams[len(cases) :], memory, strict=True)
         ],
         "diversity_by_guidance": {
             f"{value:g}": feature_diversity(

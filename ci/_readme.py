@@ -215,9 +215,9 @@ def _readme_quality(figures: Mapping[str, Any]) -> list[str]:
         "",
         "**Beside published tokenizers**",
         "",
-        _markdown(TOKENIZER_HEAD[:-1], [row[:-1] for row in tokenizer_rows()]),
+        _markdown(TOKENIZER_HEAD, tokenizer_rows()),
         "",
-        f"{TOKENIZER_NOTE} Sources: ci/_published.py.",
+        TOKENIZER_NOTE,
         "",
     ]
     evidence = _evidence.read(_evidence.TRAINING)

@@ -177,7 +177,15 @@ def ear_worth_head(evidence: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         *("streams", "steps of training", "validation energy score", difference),
         *(evidence["distance_name"], difference, "in their own class", "s a picture", "cache MiB"),
+        "above model MiB",
     )
+
+
+def _above(row: Mapping[str, Any]) -> str:
+    """MiB that a generation takes at its peak above the loaded model."""
+    if row["peak_bytes"] is None:
+        return ""
+    return f"{(row['peak_bytes'] - row['loaded_bytes']) / 2**20:.1f}"
 
 
 def ear_worth_rows(
@@ -206,6 +214,7 @@ def ear_worth_rows(
                 f"{judged['class_accuracy']['value']:.1%}",
                 f"{cost['median_s']:.3f}" if cost else "",
                 f"{cost['cache_bytes'] / 2**20:.2f}" if cost else "",
+                _above(cost) if cost else "",
             )
         )
     return rows
@@ -218,7 +227,7 @@ def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | Non
         ""
         if figures is None
         else (
-            " Seconds and cache are of this run: the shipped generator with untrained streams of the "
+            " Seconds and memory are of this run: the shipped generator with untrained streams of the "
             f"same size, guidance {figures['trained_model']['settings']['guidance']:g}."
         )
     )

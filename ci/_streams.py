@@ -31,6 +31,7 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR, Mode, VARConfig
 from parscale_ear.profiling.memory import peak_memory_mib, peak_resident_memory
 from parscale_ear.profiling.redflags import StreamMeasurement
+from parscale_ear.training.ear_recipe import EARRecipe
 
 # Of an H100 SXM, from its data sheet: dense BF16 and HBM3.
 H100_FLOPS_PER_S, H100_BYTES_PER_S = 989e12, 3.35e12
@@ -127,6 +128,21 @@ def streams_for(
     return fresh, "untrained prefixes" if case.streams > 1 else "plain streams"
 
 
+def ear_streams(model: EnergyAR, case: Case, seed: int) -> ParallelStreams | int:
+    """Streams of a case for the shipped EnergyAR.
+
+    Plain ones in diverse mode. One picture from all streams needs prefixes: fresh ones, as long as
+    those that ``parscale-ear train ear`` trains, take as much time and memory.
+    """
+    if case.mode == "diverse":
+        return case.streams
+    torch.manual_seed(seed)
+    fresh = ParallelStreams.fitting(
+        model.config.transformer, case.streams, prefix_tokens=EARRecipe.prefix_tokens
+    )
+    return fresh.to(model.transformer.positions.device).eval()
+
+
 def prefix_tokens(streams: ParallelStreams | int) -> int:
     """Slots of the cache that a stream's prefix takes."""
     return 0 if isinstance(streams, int) else streams.prefix_tokens
@@ -221,11 +237,29 @@ def measurement_of(row: Mapping[str, Any], origin: Mapping[str, Any]) -> StreamM
 
 
 def measure_memory(
-    source: Source, case: Case, device: torch.device, *, label: int, guidance: float, seed: int
+    source: Source | None,
+    case: Case,
+    device: torch.device,
+    *,
+    label: int,
+    guidance: float,
+    seed: int,
 ) -> dict[str, int | None]:
-    """Peak memory of one generation: resident in a fresh process on the CPU, allocated on CUDA."""
+    """Peak memory of one generation: resident in a fresh process on the CPU, allocated on CUDA.
+
+    Args:
+        source: of a VAR; None: the shipped EnergyAR.
+        case: the streams.
+        device: where.
+        label: of the pictures.
+        guidance: of the generation.
+        seed: of the noise.
+
+    Returns:
+        Bytes when the model is ``loaded``, and at the ``peak``; a peak of None: not to be had.
+    """
     request = {
-        "source": asdict(source),
+        "source": None if source is None else asdict(source),
         "streams": case.streams,
         "mode": case.mode,
         "device": str(device),
@@ -249,24 +283,30 @@ def measure_memory(
 
 
 def _measure_here(request: dict[str, Any]) -> dict[str, int | None]:
-    source = dict(request["source"])
-    official = source.pop("official")
-    where = Source(**source, official=None if official is None else tuple(official))
-    device = torch.device(request["device"])
-    var, _ = as_timed(load_fp32(where, device, request["seed"]))
+    device, seed = torch.device(request["device"]), request["seed"]
     case = Case(request["streams"], request["mode"])
-    streams, _ = streams_for(var, where, case, request["seed"])
+    model: VAR | EnergyAR
+    streams: ParallelStreams | int
+    if request["source"] is None:
+        model = EnergyAR.from_pretrained(device=device)
+        streams = ear_streams(model, case, seed)
+    else:
+        source = dict(request["source"])
+        official = source.pop("official")
+        where = Source(**source, official=None if official is None else tuple(official))
+        model, _ = as_timed(load_fp32(where, device, seed))
+        streams, _ = streams_for(model, where, case, seed)
     options = {name: request[name] for name in ("label", "guidance", "seed")}
     small = Case(1, "diverse")  # threads, kernels and their caches, before anything is measured
-    run_case(var, 1, small, **options)
+    run_case(model, 1, small, **options)
     spare_pages.clear()  # a cache is part of what is measured, not of what was there
     if device.type == "cuda":
         loaded = torch.cuda.memory_allocated(device)
         with peak_memory_mib(device) as peak:
-            run_case(var, streams, case, **options)
+            run_case(model, streams, case, **options)
         return {"loaded": loaded, "peak": None if peak[0] is None else int(peak[0] * 2**20)}
     with peak_resident_memory() as resident:
-        run_case(var, streams, case, **options)
+        run_case(model, streams, case, **options)
     return {"loaded": resident.before, "peak": resident.peak}
 
 

@@ -146,9 +146,11 @@ def test_the_verdict_on_streams_is_what_the_intervals_say(
         "settings": {"guidance": 1.0, "temperature": 0.9},
     }  # fmt: skip
     costs = [
-        {"streams": 1, "median_s": 0.05, "cache_bytes": 2**20},
-        {"streams": 2, "median_s": 0.075, "cache_bytes": 3 * 2**20},
-    ]
+        {"streams": 1, "median_s": 0.05, "cache_bytes": 2**20, "loaded_bytes": 2**29,
+         "peak_bytes": 2**29 + 30 * 2**20},
+        {"streams": 2, "median_s": 0.075, "cache_bytes": 3 * 2**20, "loaded_bytes": None,
+         "peak_bytes": None},
+    ]  # fmt: skip
     figures = {"trained_model": {"aggregate": costs, "settings": {"guidance": 2.0}}}
     text = _stream_tables.ear_worth_text(evidence, figures)
     assert words in text
@@ -158,7 +160,8 @@ def test_the_verdict_on_streams_is_what_the_intervals_say(
     first, second = _stream_tables.ear_worth_rows(evidence, figures)
     assert (first[3], first[5]) == ("", "")
     assert second[4] == f"{90 + distance:.1f} [{88 + distance:.1f}, {92 + distance:.1f}]"
-    assert second[-2:] == ("0.075", "3.00")
+    assert first[-1] == "30.0"
+    assert second[-3:] == ("0.075", "3.00", "")
     assert len(second) == len(_stream_tables.ear_worth_head(evidence))
 
 
