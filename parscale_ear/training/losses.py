@@ -7,7 +7,7 @@ from torch import Tensor
 
 _FLOOR = 1e-4  # squared error below which a picture counts as good enough (46 dB)
 _SCALE = 0.1  # brings the gradient to the size of a mean absolute error's
-_BLOCK, _CELL = 16, 4  # pixels: where variation is measured; what may carry a pattern
+_BLOCK, _CELL = 16, 8  # pixels: where variation is measured; what may carry a pattern
 _PATTERN_GROUPS = 4  # of blocks, from flat to varied
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5  # of the Gaussian window, pixels
 
@@ -63,7 +63,9 @@ def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def pattern_loss(output: Tensor, target: Tensor) -> Tensor:
-    """The error that the 4×4 cells of a picture have in common: a checkerboard, or a tint; a scalar.
+    """The error that the 8×8 cells of a picture have in common: a checkerboard, or a tint; a scalar.
+
+    A decoder's last layer turns a position into a cell of 4×4 pixels, the one before into 8×8.
 
     Losses of features and of a critic hardly see it, and in texture nobody does; but it must not go
     from there into flat parts. So a picture's blocks of 16×16 pixels are put into groups by how varied
@@ -85,7 +87,7 @@ def pattern_loss(output: Tensor, target: Tensor) -> Tensor:
     error = blocks(output) - original
     cells = (
         error.unflatten(4, (-1, _CELL)).unflatten(3, (-1, _CELL)).mean((3, 5))
-    )  # (B, M, 3, 4, 4)
+    )  # (B, M, 3, 8, 8)
     order = original.std((3, 4), correction=0).mean(2).argsort(1)  # (B, M), flat ones first
     cells = torch.take_along_dim(cells, order[:, :, None, None, None], dim=1)
     groups = cells.chunk(_PATTERN_GROUPS, dim=1)

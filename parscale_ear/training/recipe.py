@@ -50,7 +50,7 @@ class Recipe:
     ssim_weight: float = 0.05  # of 1 − SSIM in the stages hybrid and baseline
     feature_weight: float = 0.3  # of the feature loss in stage sharp
     adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
-    pattern_weight: float = 100.0  # of the error that all 4×4 cells share, in stage sharp
+    pattern_weight: float = 5000.0  # of the error that all 8×8 cells share, in stage sharp
     seed: int = 0  # of weights, crops and noise
     workers: int = 0  # threads that prepare crops ahead; 0: none
     precision: Precision = "bf16"  # autocast dtype
