@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
@@ -25,7 +26,7 @@ AUTOENCODER = {
     "ssim_weight": "after the first stage",
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",
-    "pattern_weight": "of the error that all 4x4 cells share, likewise",
+    "pattern_weight": "of the error that all 8x8 cells share, likewise",
     "workers": "threads that prepare crops ahead",
     "seed": "of weights, crops and noise",
 }
@@ -248,7 +249,7 @@ def _start(arguments: argparse.Namespace) -> str | None:
     return None if arguments.start is None else str(arguments.start)
 
 
-def _train(train: Callable[[], bool], weights: str) -> int:
+def _train(train: Callable[[], bool], out: Path) -> int:
     from parscale_ear.device import UsageError
     from parscale_ear.training.loop import TrainingError
 
@@ -259,7 +260,8 @@ def _train(train: Callable[[], bool], weights: str) -> int:
     if not finished:
         print("parscale-ear: stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED
-    print(f"weights: {weights}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes says it
+        print("weights:", *sorted(map(str, out.glob("*.safetensors"))))
     return 0
 
 
@@ -276,7 +278,7 @@ def _autoencoder(arguments: argparse.Namespace) -> int:
     )
     return _train(
         lambda: train_autoencoder(recipe, arguments.out, resume=arguments.resume),
-        f"{arguments.out}/{{{','.join(recipe.stages)}}}.safetensors",
+        arguments.out,
     )
 
 
@@ -291,7 +293,7 @@ def _var(arguments: argparse.Namespace) -> int:
     )
     return _train(
         lambda: train_var(recipe, arguments.out, resume=arguments.resume),
-        f"{arguments.out}/{{tokenizer,var,streams*}}.safetensors",
+        arguments.out,
     )
 
 
@@ -308,5 +310,5 @@ def _ear(arguments: argparse.Namespace) -> int:
     )
     return _train(
         lambda: train_ear(recipe, arguments.out, resume=arguments.resume),
-        f"{arguments.out}/{{ear,pictures,streams*}}.safetensors",
+        arguments.out,
     )

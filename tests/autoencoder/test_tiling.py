@@ -97,7 +97,7 @@ from parscale_ear.profiling.memory import peak_resident_memory
 
 torch.set_num_threads(1)
 model = ParScaleEAR.from_pretrained(device="cpu")
-images = torch.rand(1, 3, 1536, 1536) * 2 - 1
+images = torch.rand(1, 3, 2048, 2048) * 2 - 1
 with peak_resident_memory() as memory, torch.inference_mode():
     model(images, tile=int(sys.argv[1]) or None)
 print(memory.peak - memory.before)

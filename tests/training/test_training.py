@@ -198,7 +198,7 @@ def test_pattern_loss_is_of_what_all_cells_share() -> None:
     moved = torch.where(flat, 3 * board, -board)
     expected = 0.01 * (9 + 3) / 4
     assert pattern_loss(target + moved, target).item() == pytest.approx(expected, rel=1e-4)
-    other = board.roll(1, 0) * (1 - 2 * ((torch.arange(64) // 4) % 2))  # its sign turns by cells
+    other = board.roll(1, 0) * (1 - 2 * ((torch.arange(64) // 8) % 2))  # its sign turns by cells
     assert pattern_loss(target + other, target).item() < 1e-12
     one, two = (
         pattern_loss(target[k : k + 1] + board * (k + 1), target[k : k + 1]) for k in (0, 1)
@@ -317,7 +317,7 @@ def test_a_process_takes_its_stretch_of_a_batch(folder_of_pictures: Path) -> Non
 def test_two_processes_equal_one_with_the_doubled_batch(
     folder_of_pictures: Path, tmp_path: Path
 ) -> None:
-    """Through Accelerate, as ``accelerate launch`` starts them on several GPUs; here with gloo."""
+    """By ``accelerate launch``; on the CPU, so with gloo."""
     pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
     common = [
         *("parscale_ear.cli", "train", "autoencoder", "--images", str(folder_of_pictures)),
@@ -325,7 +325,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         *("--device", "cpu", "--learning-rate", "0.02", "--latent-noise", "0.1"),
     ]
     one = [sys.executable, "-m"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+        # Accelerate has no other name for several processes on one machine; port 0: a free one.
+        *("--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command, batch, name in ((one, "16", "one"), ([*two, "-m"], "8", "two")):
         done = subprocess.run(
@@ -335,6 +339,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(
             text=True,
         )
         assert done.returncode == 0, done.stderr[-2000:]
+        files = [str(tmp_path / name / f"{stage}.safetensors") for stage in sorted(STAGES)]
+        said = [line for line in done.stdout.splitlines() if line.startswith("weights:")]
+        assert said == [" ".join(["weights:", *files])]
     torch.manual_seed(0)
     fresh = ParScaleEAR().state_dict()
     for stage in STAGES:
