@@ -22,7 +22,6 @@ class EARConfig:
     head_width: int = 256  # channels of the energy head
     head_blocks: int = 3  # its residual blocks
     noise_channels: int = 64  # its noise
-    direct_noise: bool = True  # noise also added to what the head says, with a gain that it sets
     channels: int = 32  # of the latent
     side: int = 8  # of the latent, a power of two; pictures have 16 times as much
     phases: int = 4  # passes of the finest level: 1, 2 or 4
@@ -60,7 +59,7 @@ class EARConfig:
         )
 
     @property
-    def head(self) -> dict[str, Any]:
+    def head(self) -> dict[str, int]:
         """The head's part: arguments of :class:`~parscale_ear.generator.energy.EnergyHead`."""
         return {
             "width": self.width,
@@ -69,7 +68,6 @@ class EARConfig:
             "head_width": self.head_width,
             "blocks": self.head_blocks,
             "noise": self.noise_channels,
-            "direct": self.direct_noise,
         }
 
     @property
@@ -87,7 +85,6 @@ class EARConfig:
         # Weights up to release 0.6 name a size that never was other than 0.
         if values.get("layout_channels") == 0:
             values = {name: value for name, value in values.items() if name != "layout_channels"}
-        values = {"direct_noise": False, **values}  # weights up to release 0.7 do not name it
         try:
             return cls(**{**values, "class_names": tuple(values["class_names"])})
         except (TypeError, KeyError) as error:

@@ -18,7 +18,6 @@ from parscale_ear.generator.pyramid import BANDS
 
 NORM_EPS = 1e-6
 MODULATION_STD = 0.02  # of the noise's modulation at the start, so that samples differ at once
-DIRECT_GAIN = 0.7  # of the noise that is added, at the start; tokens have unit variance
 
 
 def energy_score(
@@ -117,15 +116,7 @@ class EnergyHead(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        *,
-        channels: int,
-        levels: int,
-        head_width: int,
-        blocks: int,
-        noise: int,
-        direct: bool = False,
+        self, width: int, *, channels: int, levels: int, head_width: int, blocks: int, noise: int
     ) -> None:
         """Fresh weights.
 
@@ -136,9 +127,6 @@ class EnergyHead(nn.Module):
             head_width: W.
             blocks: residual blocks.
             noise: N, uniform in [−½, ½] each.
-            direct: also add the noise, by a linear layer, to what comes out, with a gain for every
-                number that the blocks set: how wide a law is then takes one layer to say instead
-                of all of them.
         """
         super().__init__()
         self.channels, self.noise_channels = channels, noise
@@ -150,10 +138,6 @@ class EnergyHead(nn.Module):
         self.out = nn.ModuleList(
             nn.Linear(head_width, channels) for _ in range(1 + BANDS * (levels - 1))
         )
-        self.direct = nn.Linear(noise, channels, bias=False) if direct else None
-        self.gains = nn.ModuleList(
-            nn.Linear(head_width, channels) for _ in (self.out if direct else ())
-        )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -163,12 +147,6 @@ class EnergyHead(nn.Module):
         for block in self.blocks:
             assert isinstance(block, HeadBlock)
             nn.init.normal_(block.modulation.weight, std=MODULATION_STD)
-        if self.direct is not None:
-            nn.init.normal_(self.direct.weight, std=(12 / noise) ** 0.5)  # unit variance comes out
-        for gain in self.gains:
-            assert isinstance(gain, nn.Linear)
-            nn.init.zeros_(gain.weight)
-            nn.init.constant_(gain.bias, DIRECT_GAIN)
 
     def draw_noise(
         self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
@@ -202,14 +180,11 @@ class EnergyHead(nn.Module):
         x = self.hidden(hidden) + self.bands.weight[1 + band if level else 0]
         if before is not None:
             x = x + self.before(before.to(hidden.dtype))
-        noise = temperature * noise
-        modulator = F.silu(self.noise(noise))
+        modulator = F.silu(self.noise(temperature * noise))
         for block in self.blocks:
             x = block(x, modulator)
         x = F.silu(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS))
-        own = 1 + BANDS * (level - 1) + band if level else 0
-        drawn: Tensor = self.out[own](x)
-        return drawn if self.direct is None else drawn + self.gains[own](x) * self.direct(noise)
+        return self.out[1 + BANDS * (level - 1) + band if level else 0](x)  # type: ignore[no-any-return]
 
     def draw(
         self,
@@ -242,16 +217,14 @@ class EnergyHead(nn.Module):
         width = hidden.out_features
         band = hidden.in_features * width + self.noise_channels * width
         band += len(self.blocks) * 5 * width * width + width * out.out_features
-        if self.direct is not None:
-            band += (width + self.noise_channels) * out.out_features
         if level:
             band += BANDS * self.channels * width
         return 2 * band * (BANDS if level else 1)
 
     def elementwise(self) -> list[nn.Parameter]:
         """Parameters that stand between tokens and the blocks (training)."""
-        tables = (self.bands, self.before, self.noise, self.out, self.gains, self.direct)
-        return [p for table in tables if table is not None for p in table.parameters()]
+        tables: tuple[nn.Module, ...] = (self.bands, self.before, self.noise, self.out)
+        return [p for table in tables for p in table.parameters()]
 
     def scores(
         self,

@@ -45,9 +45,9 @@ class SquaredErrorHead(EnergyHead):
 class GaussianHead(EnergyHead):
     """Says mean and deviation of every number; likelihood."""
 
-    def __init__(self, width: int, **sizes: int) -> None:
-        """As :class:`EnergyHead`, without its direct noise."""
-        super().__init__(width, **sizes, direct=False)
+    def __init__(self, *arguments: int, **named: int) -> None:
+        """As :class:`EnergyHead`."""
+        super().__init__(*arguments, **named)
         self.out = nn.ModuleList(
             nn.Linear(layer.in_features, 2 * layer.out_features)
             for layer in self.out

@@ -30,7 +30,6 @@ class EARRecipe:
     head_width: int = 256  # channels of the energy head
     head_blocks: int = 3  # its residual blocks
     noise_channels: int = 64  # its noise
-    direct_noise: bool = True  # noise also added to what the head says
     phases: int = 4  # passes of the finest level
     prefix_tokens: int = 16  # of a stream
     batch: int = 96  # latents a step and process
@@ -108,7 +107,7 @@ class EARRecipe:
         """The model, for latents of (channels, side, side)."""
         sizes = (
             *("depth", "width", "heads", "head_width", "head_blocks", "noise_channels"),
-            *("direct_noise", "phases"),
+            "phases",
         )
         return EARConfig(
             class_names=class_names,

@@ -67,8 +67,7 @@ def build(kind: str, config: EARConfig, seed: int) -> EnergyAR:
     torch.manual_seed(seed)
     model = EnergyAR(config)
     if kind != "energy":
-        shared = {name: value for name, value in config.head.items() if name != "direct"}
-        model.head = HEADS[kind](**shared)  # type: ignore[assignment]
+        model.head = HEADS[kind](**config.head)  # type: ignore[assignment]
     return model
 
 

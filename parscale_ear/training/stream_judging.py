@@ -56,7 +56,6 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
     told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k != "processes"}
     if told.get("layout_channels") == 0:  # a field of release 0.6 that said nothing
         del told["layout_channels"]
-    told = {"direct_noise": False, **told}  # what a recipe up to release 0.7 did not name
     try:
         recipe = EARRecipe(**told)
     except TypeError as error:

@@ -68,7 +68,6 @@ EAR = {
     "head_width": "channels of the energy head",
     "head_blocks": "its residual blocks",
     "noise_channels": "its noise",
-    "direct_noise": "noise is also added to what the head says",
     "phases": "passes of the finest level: 1, 2 or 4",
     "prefix_tokens": "of a stream",
     "batch": "latents a step and process",
@@ -211,12 +210,7 @@ def _add_common(
         default = defaults[name]
         assert default is not MISSING
         if isinstance(default, bool):
-            model.add_argument(
-                f"--{name.replace('_', '-')}",
-                action=argparse.BooleanOptionalAction,
-                default=default,
-                help=f"{text} (default {'yes' if default else 'no'})",
-            )
+            model.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
             continue
         many = isinstance(default, tuple)
         shown = " ".join(map(str, default)) if many else default

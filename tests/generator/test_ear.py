@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -314,15 +313,6 @@ def test_a_size_of_older_weights_is_passed_over_if_it_was_not_used() -> None:
     for name, value in (("layout_channels", 3), ("unheard_of", 0)):
         with pytest.raises(ValueError, match=name):
             EARConfig.from_dict({**told, name: value})
-
-
-def test_weights_of_07_have_no_direct_noise(tmp_path: Path) -> None:
-    old = replace(CONFIG, direct_noise=False)
-    told = {name: value for name, value in asdict(old).items() if name != "direct_noise"}
-    assert EARConfig.from_dict(told) == old
-    counts = [EnergyAR(config).parameter_count()["head"] for config in (old, CONFIG)]
-    gains = (1 + 3 * 3) * (24 + 1) * 4  # a layer a band, four numbers from 24
-    assert counts[1] - counts[0] == gains + 8 * 4
 
 
 def test_foreign_files(tmp_path: Path) -> None:

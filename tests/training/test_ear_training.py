@@ -212,12 +212,8 @@ def test_goes_on_from_given_weights(recipe: EARRecipe, trained: Path, tmp_path: 
     with pytest.raises(TrainingError, match="latents of another autoencoder"):
         train_ear(replace(tiny, start=str(other)), tmp_path / "foreign")
     assert not (tmp_path / "foreign").exists()
-    for change, told in (
-        ({"depth": 2}, "depth is 1, not 2"),
-        ({"direct_noise": False}, "direct_noise is True, not False"),
-    ):
-        with pytest.raises(TrainingError, match=f"another model.*{told}.*options"):
-            train_ear(replace(tiny, **change), tmp_path / "other")
+    with pytest.raises(TrainingError, match=r"another model.*depth is 1, not 2.*options"):
+        train_ear(replace(tiny, depth=2), tmp_path / "deeper")
 
 
 def test_streams_train_with_the_generator_or_on_a_frozen_one(
@@ -397,14 +393,12 @@ def test_from_the_command_line(
         "1",
         "--batch",
         "4",
-        "--no-direct-noise",
     ]
     assert (
         main([*common, *small, "--steps", "2", "--streams", "--class-names", "dark", "light"]) == 0
     )
     model = EnergyAR.load(tmp_path / "run" / "ear.safetensors")
     assert model.config.class_names == ("dark", "light")
-    assert not model.config.direct_noise
     assert main([*common, *small, "--steps", "2", "--streams"]) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "ear", "--latents", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
