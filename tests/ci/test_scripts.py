@@ -269,7 +269,7 @@ class TestTargets:
     def test_the_cards_bars_are_judged_in_full_runs(self) -> None:
         def facts(psnr: float, distance: float) -> dict[str, Any]:
             row = {"ssim": 0.8, "pictures": 9, "data": ["x.tar"], "distance_name": "FD"}
-            row["pattern_flat"] = 10 - distance
+            row["pattern"], row["pattern_flat"] = 20 - distance, 10 - distance
             return {
                 "faithful": {**row, "psnr_db": psnr, "distance": 10.0},
                 "sharp": {**row, "psnr_db": 26.0, "distance": distance},
@@ -279,8 +279,9 @@ class TestTargets:
             found = ci.fid_eval.card_targets(facts(psnr, distance), quick=quick)
             return [target.status for target in found]
 
-        assert statuses(27.5, 6.0) == ["PASS"] * 4 + ["MISSED"]
-        assert statuses(27.3, 6.6) == ["MISSED", "PASS", "PASS", "MISSED", "MISSED"]
+        assert statuses(27.5, 6.0) == ["PASS"] * 4 + ["MISSED"] * 2
+        assert statuses(27.3, 6.6) == ["MISSED", "PASS", "PASS", "MISSED", "MISSED", "MISSED"]
+        assert statuses(27.5, 9.9)[-2] == "MISSED"
         assert statuses(27.5, 9.9)[-1] == "PASS"
         assert set(statuses(27.3, 6.6, quick=True)) == {"SKIPPED"}
         shipped = ci.fid_eval.card_targets(ci.fid_eval.shipped_facts(), quick=False)
