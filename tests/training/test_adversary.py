@@ -45,10 +45,10 @@ def test_the_critic_learns_to_tell_and_its_verdict_has_a_gradient(photographs: T
     def both() -> list[Tensor]:
         return [critic(torch.cat((real, made)))]
 
-    first = float(critic_loss(both()))
+    first = critic_loss(both()).item()
     for step in range(30):
         adversary.step(step, both, lambda: [critic(made)])
-    assert float(critic_loss(both())) < 0.7 * first
+    assert critic_loss(both()).item() < 0.7 * first
     output = made.clone().requires_grad_()
     adversary.step(500, both, lambda: [critic(output)]).backward()
     assert output.grad is not None
