@@ -47,7 +47,9 @@ def test_a_large_cache_lies_in_memory_that_may_have_huge_pages() -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are Linux's")
-def test_a_caches_memory_serves_the_next_one_when_it_is_free() -> None:
+def test_a_caches_memory_serves_the_next_one_when_it_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     attention.spare_pages.clear()
 
     def new(tokens: int = 512) -> attention.KVCache:
@@ -71,4 +73,14 @@ def test_a_caches_memory_serves_the_next_one_when_it_is_free() -> None:
     del again
     for tokens in (400, 130):  # smaller ones fit, one stream's cache into that of four too
         assert new(tokens).slots.data_ptr() == place
-    assert new(5000).nbytes > 9 * new(512).nbytes
+    taken: list[int] = []
+    real = mmap.mmap
+
+    def counted(number: int, size: int, **more: int) -> mmap.mmap:
+        taken.append(size)
+        return real(number, size, **more)
+
+    monkeypatch.setattr(mmap, "mmap", counted)
+    large = new(5000).nbytes
+    small = new(512).nbytes  # of a tenth: the large memory goes
+    assert taken == [large, small]

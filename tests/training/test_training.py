@@ -23,8 +23,7 @@ from parscale_ear.autoencoder.litevae import LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.crops import RandomCrops
-from parscale_ear.data.images import find_images, from_uint8
-from parscale_ear.metrics.reconstruction import ssim
+from parscale_ear.data.images import find_images
 from parscale_ear.training.autoencoder import (
     CENTRE_BATCH,
     CENTRE_STEPS,
@@ -43,7 +42,6 @@ from parscale_ear.training.loop import (
     learning_rate,
     read_log,
 )
-from parscale_ear.training.losses import log_mse_loss, pattern_loss, ssim_loss
 from parscale_ear.training.recipe import STAGES, Recipe
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
@@ -166,45 +164,6 @@ def test_learning_rate() -> None:
 def test_length(length: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"minutes|length"):
         LoopConfig(**length)  # type: ignore[arg-type]
-
-
-def test_log_mse_follows_psnr() -> None:
-    target = torch.zeros(2, 3, 8, 8)
-    output = torch.stack((torch.full((3, 8, 8), 0.1), torch.full((3, 8, 8), 0.5)))
-    ten_times_better = output / 10**0.5
-    gain = log_mse_loss(output, target) - log_mse_loss(ten_times_better, target)
-    assert gain.item() == pytest.approx(0.1 * 2.3026, rel=0.05)
-
-
-def test_ssim_loss_equals_the_metric(photographs: torch.Tensor) -> None:
-    noise = torch.randint(-20, 21, photographs[:3].shape)
-    damaged = (photographs[:3].int() + noise).clamp(0, 255).to(torch.uint8)
-    ours = ssim_loss(from_uint8(damaged), from_uint8(photographs[:3]))
-    assert 1 - ours.item() == pytest.approx(ssim(damaged, photographs[:3]).mean(), abs=1e-4)
-    assert ssim_loss(from_uint8(damaged), from_uint8(damaged)).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_pattern_loss_is_of_what_all_cells_share() -> None:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.rand(2, 3, 64, 64, generator=generator) - 0.5
-    flat = torch.zeros(64, 64, dtype=torch.bool)
-    flat[:, :16] = True  # a quarter of the blocks, which are the flattest
-    target[:, :, flat] *= 0.01
-    cell = torch.tensor([[0.1, -0.1, 0.1, -0.1], [-0.1, 0.1, -0.1, 0.1]]).repeat(2, 1)
-    board = cell.repeat(16, 16)
-    assert pattern_loss(target, target).item() == 0
-    assert pattern_loss(target + board, target).item() == pytest.approx(0.01, rel=1e-4)
-    # It does not vanish where it is taken from flat parts and put into the others, or the reverse.
-    moved = torch.where(flat, 3 * board, -board)
-    expected = 0.01 * (9 + 3) / 4
-    assert pattern_loss(target + moved, target).item() == pytest.approx(expected, rel=1e-4)
-    other = board.roll(1, 0) * (1 - 2 * ((torch.arange(64) // 8) % 2))  # its sign turns by cells
-    assert pattern_loss(target + other, target).item() < 1e-12
-    one, two = (
-        pattern_loss(target[k : k + 1] + board * (k + 1), target[k : k + 1]) for k in (0, 1)
-    )
-    both = pattern_loss(target + board * torch.tensor([1.0, 2.0])[:, None, None, None], target)
-    torch.testing.assert_close(both, (one + two) / 2)  # as many processes would have it
 
 
 # --- the autoencoder's recipe ---
