@@ -256,10 +256,12 @@ def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def with_trials(text: str) -> str:
-    """The experiments' text with the table of trials replaced."""
+    """The experiments' text with the tables of trials replaced."""
     trials = _evidence.read(_evidence.TRIALS)
     if trials is None:
         raise ci.UsageError(f"{_evidence.TRIALS.name} is missing; git checkout it")
-    table = _markdown(TRIAL_HEAD, trial_rows(trials))
-    content = f"{table}\n\n{trials['conditions']}"
+    content = "\n\n".join(
+        f"**{part['title']}**\n\n{_markdown(TRIAL_HEAD, trial_rows(part))}\n\n{part['conditions']}"
+        for part in trials["sets"]
+    )
     return between_marks(text, BEGIN, END, content, "docs/experiments.md")

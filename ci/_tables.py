@@ -83,7 +83,7 @@ def training_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def trial_rows(trials: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the table of trials."""
+    """Rows of the table of one set of trials, which were made alike."""
     return [
         (
             row["change"],

@@ -188,11 +188,14 @@ def _trials() -> list[str]:
     trials = _evidence.read(_evidence.TRIALS)
     if trials is None:
         return []
-    return [
-        "<h2>Trials on the way</h2>",
-        _table(TRIAL_HEAD, trial_rows(trials)),
-        f"<p>{html.escape(trials['conditions'])}</p>",
-    ]
+    parts = ["<h2>Trials on the way</h2>"]
+    for part in trials["sets"]:
+        parts += [
+            f"<h3>{html.escape(part['title'])}</h3>",
+            _table(TRIAL_HEAD, trial_rows(part)),
+            f"<p>{html.escape(part['conditions'])}</p>",
+        ]
+    return parts
 
 
 def _latency(report: Mapping[str, Any]) -> list[str]:

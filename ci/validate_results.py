@@ -28,6 +28,7 @@ REPORTS = {  # file → milestone, in the order of the table
     "streams": "M2-4",
     "generation": "M3-2",
 }
+ROUNDED = 5e-4  # relative: what four digits may leave out
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
 
@@ -113,16 +114,16 @@ def find_problems(
 def follows(target: ci.Target) -> bool:
     """Whether a target's status is what its figure and its limit say.
 
-    Limits are rounded where they are written down, so a figure within one per cent of one says
-    nothing; nor do targets without figure or limit, and skipped ones.
+    Limits are written with four digits, so a figure within ``ROUNDED`` of one says nothing; nor do
+    targets without figure or limit, and skipped ones.
     """
-    found = re.fullmatch(r"([≥≤<]) (-?[\d.e+-]+)( .*)?", target.limit)
+    found = re.fullmatch(r"([≥≤<]) (-?[\d.,e+-]+)( .*)?", target.limit)
     if target.status == "SKIPPED" or target.value is None or found is None:
         return True
     if not isinstance(target.value, int | float) or math.isnan(target.value):
         return target.status == "MISSED"
-    limit = float(found[2])
-    if abs(target.value - limit) <= 0.01 * abs(limit):
+    limit = float(found[2].replace(",", ""))
+    if abs(target.value - limit) <= ROUNDED * abs(limit):
         return True
     met = target.value > limit if found[1] == "≥" else target.value < limit
     return target.status == ("PASS" if met else "MISSED")

@@ -1,7 +1,8 @@
 """Several processes on one job: each takes a share, reports progress, and hands back a result.
 
 A share is worked through by a picklable function in a process of its own (spawned, so that CUDA
-and threads are safe). With one process all happens in the caller's, with nothing to start.
+and threads are safe), and ends with the caller's. With one process all happens in the caller's, with
+nothing to start.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import multiprocessing
 import os
 import queue
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
@@ -110,8 +112,17 @@ def _check_alive(processes: Sequence[Any], results: dict[int, Any], gone: set[in
             )
 
 
+def _end_with_parent() -> None:
+    """Ends this process as soon as the parent is gone, which a signal may end without a word."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _work(index: int, work: Work, share: Any, messages: Any, threads: int) -> None:
     """What runs in a process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         result = work(share, lambda count: messages.put((index, "progress", count)))

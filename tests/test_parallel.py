@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,3 +55,48 @@ def test_devices() -> None:
     assert worker_devices(torch.device("cuda:1"), 2) == ["cuda:1"] * 2
     with pytest.raises(ValueError, match="processes must be at least 1"):
         worker_devices(torch.device("cpu"), 0)
+
+
+def wait_long(share: Any, progress: Progress) -> Any:
+    (Path(share) / str(os.getpid())).touch()
+    while True:
+        progress(1)
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="SKIPPED: looks into /proc")
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_a_parent_that_was_killed(kind: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "from parscale_ear.parallel import run_shares\n"
+        "from test_parallel import wait_long\n"
+        "if __name__ == '__main__':\n"
+        f"    run_shares(wait_long, [{str(tmp_path)!r}] * 2, lambda count: None)\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    places = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": places})
+    try:
+        while len(pids := [int(p.name) for p in tmp_path.iterdir() if p.name.isdecimal()]) < 2:
+            assert parent.poll() is None
+            time.sleep(0.1)
+    finally:
+        parent.send_signal(kind)
+        parent.wait()
+    for _ in range(600):  # a minute; it takes less than a second
+        if not any(map(running, pids)):
+            break
+        time.sleep(0.1)
+    left = [pid for pid in pids if running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []

@@ -16,7 +16,7 @@ from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import ImageError, ImageRef
-from parscale_ear.data.reading import read_batches
+from parscale_ear.data.reading import add_skipped, read_batches
 from parscale_ear.device import DTYPES
 from parscale_ear.metrics.features import FeatureChoice, load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
@@ -97,7 +97,7 @@ def evaluate(
     count = len(values["psnr_db"])
     skipped: dict[str, str] = {}
     for result in results:
-        skipped |= result["skipped"]
+        add_skipped(skipped, result["skipped"])
     if not count:
         raise ImageError("none of the pictures can be read")
     timed = sum(r["timed"] for r in results)
@@ -136,7 +136,7 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
         share.refs, options.side, options.batch, readers=1, ahead=2 * options.batch
     )
     for batch in batches:
-        skipped |= batch.skipped
+        add_skipped(skipped, batch.skipped)
         if batch.refs:
             originals = torch.stack(batch.pixels)
             began = time.perf_counter()

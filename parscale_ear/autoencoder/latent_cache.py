@@ -27,7 +27,7 @@ from parscale_ear.data.images import (
     ImageRef,
     from_uint8,
 )
-from parscale_ear.data.reading import read_batches
+from parscale_ear.data.reading import add_skipped, read_batches
 from parscale_ear.device import DTYPES
 from parscale_ear.parallel import Progress, run_shares
 
@@ -244,7 +244,7 @@ def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> d
             shards.append(
                 {"file": path.name, "count": len(header["names"]), "sha256": header["sha256"]}
             )
-            skipped |= header["skipped"]
+            add_skipped(skipped, header["skipped"])
         complete = len(there) == count
         index = _write_index(out, job, classes, shards, skipped, complete=complete)
         # Another job may have ended meanwhile: no index may be older than the shards.
@@ -282,7 +282,7 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
         for batch in batches:
             read = time.monotonic()
             waited += read - began
-            skipped |= batch.skipped
+            add_skipped(skipped, batch.skipped)
             names += [ref.relative for ref in batch.refs]
             labels += [share.classes.index(ref.label) if ref.label else -1 for ref in batch.refs]
             if batch.refs:

@@ -104,13 +104,16 @@ def _decode_share(share: Any, progress: Progress) -> int:
         start = sum(sizes[:number])
         rows = [k for k in range(start, start + sizes[number]) if not paths[k].exists()]
         progress(sizes[number] - len(rows))
+        if rows:
+            data.verify_shard(number)  # what is damaged becomes no picture
         for first in range(0, len(rows), batch):
             part = rows[first : first + batch]
             stacked = torch.stack([data[k]["latent"] for k in part])
             with torch.inference_mode():
                 weight = next(model.parameters())
                 latent = stacked.to(weight.device, weight.dtype)
-                images = model.decode(model.enhance(latent), clamp=True).float().cpu()
+                enhanced = model.enhance(latent, check_finite=True)
+                images = model.decode(enhanced, clamp=True).float().cpu()
             for row, image in zip(part, images, strict=True):
                 save_png(image, paths[row])
             written += len(part)

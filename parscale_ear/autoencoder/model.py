@@ -98,7 +98,7 @@ class ParScaleEAR(LiteVAE):
             ValueError: rank, channels, size, tile, dtype or device are wrong, or a value is not
                 finite.
         """
-        if pad and images.ndim == 4:
+        if pad and images.ndim == 4 and images.numel():
             images = pad_to_multiple(images, STRIDE)
         self._check(images, "images", 3, STRIDE, check_finite)
         if tile is None:

@@ -6,7 +6,9 @@ That makes an interrupted training resume exactly, with no state of its own to s
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,7 +19,27 @@ from torch import Tensor
 from parscale_ear.data.images import ImageError, ImageRef, from_uint8
 
 MAX_TRIES = 1000
+SCANNERS = 8  # threads that open pictures for their sizes; they mostly wait for the disk
 log = logging.getLogger(__name__)
+Sizes = Sequence[
+    tuple[int, int] | ImageError
+]  # width and height of a picture, or why there is none
+
+
+def scan_sizes(refs: Sequence[ImageRef]) -> Sizes:
+    """Width and height of every picture, in pixels as stored; of a damaged one what is wrong.
+
+    Once for all :class:`RandomCrops` of the same pictures.
+    """
+
+    def scan(ref: ImageRef) -> tuple[int, int] | ImageError:
+        try:
+            return ref.dimensions()
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        return list(pool.map(scan, refs))
 
 
 class RandomCrops:
@@ -35,8 +57,9 @@ class RandomCrops:
         seed: int = 0,
         max_reduction: float = 1.4,
         cache_gib: float = 2.0,
+        sizes: Sizes | None = None,
     ) -> None:
-        """Reads the size of every picture; a damaged or too small one is left out, and logged.
+        """Takes the pictures that are large enough; a damaged or too small one is logged.
 
         Args:
             refs: the pictures.
@@ -44,6 +67,7 @@ class RandomCrops:
             seed: of every random choice.
             max_reduction: the largest factor by which a crop is reduced.
             cache_gib: memory for decoded pictures, GiB; those beyond it are decoded every time.
+            sizes: of ``refs``, by :func:`scan_sizes`; None: they are read now.
 
         Raises:
             ImageError: no picture is left.
@@ -52,14 +76,13 @@ class RandomCrops:
         self.refs: list[ImageRef] = []
         self.skipped: dict[str, str] = {}  # name of a picture → why it is not used
         self.damaged: set[str] = set()  # names of pictures that cannot be read
+        self._lock = threading.Lock()  # batches may be prepared by several threads
         areas = []
-        for ref in refs:
-            try:
-                with ref.open() as picture:
-                    width, height = picture.size
-            except ImageError as error:
-                self._skip(ref, str(error))
+        for ref, size in zip(refs, scan_sizes(refs) if sizes is None else sizes, strict=True):
+            if isinstance(size, ImageError):
+                self._skip(ref, str(size))
                 continue
+            width, height = size
             if min(width, height) < side:
                 self.skipped[ref.name] = f"{width}×{height} is smaller than a crop of {side}"
                 continue
@@ -70,24 +93,28 @@ class RandomCrops:
             log.warning("%d of %d pictures are smaller than a crop of %d", small, len(refs), side)
         if not self.refs:
             raise ImageError(f"none of the {len(refs)} pictures can give a crop of {side}×{side}")
-        self._cumulative = np.cumsum(areas) / np.sum(areas)
+        cumulative = np.cumsum(areas)
+        self._cumulative = cumulative / cumulative[-1]  # ends at 1 exactly
         self._cache: dict[int, NDArray[np.uint8]] = {}
         self._cache_bytes_left = int(cache_gib * 2**30)
 
     def _skip(self, ref: ImageRef, reason: str) -> None:
-        if ref.name not in self.skipped:
+        with self._lock:
+            if ref.name in self.skipped:
+                return
             self.damaged.add(ref.name)
             self.skipped[ref.name] = reason
-            log.warning("skipped %s", reason)
+        log.warning("skipped %s", reason)
 
     def _pixels(self, index: int) -> NDArray[np.uint8]:
         """A decoded picture, (H, W, 3)."""
         if index in self._cache:
             return self._cache[index]
         pixels = np.asarray(self.refs[index].load())
-        if pixels.nbytes <= self._cache_bytes_left:
-            self._cache_bytes_left -= pixels.nbytes
-            self._cache[index] = pixels
+        with self._lock:
+            if index not in self._cache and pixels.nbytes <= self._cache_bytes_left:
+                self._cache_bytes_left -= pixels.nbytes
+                self._cache[index] = pixels
         return pixels
 
     def batch(self, step: int, size: int, first: int = 0) -> Tensor:

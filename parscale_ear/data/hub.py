@@ -25,7 +25,8 @@ class HubRef(ImageRef):
     @property
     def origin(self) -> str:
         """Name of the dataset; of a local one without its folder."""
-        return self.path.name if self.path.exists() else self.path.as_posix()
+        name, colon, split = self.path.as_posix().partition(":")
+        return (Path(name).name if Path(name).exists() else name) + colon + split
 
     def open(self) -> Image.Image:
         """The picture as Pillow opens it (pixels not yet decoded)."""

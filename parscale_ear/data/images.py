@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 # Files in folders that may hold pictures too: they are passed over, with a warning.
 UNREAD = frozenset({".gz", ".tgz", ".zip", ".7z", ".gif", ".avif", ".heic", ".jxl"})
+LONGEST = 8  # times its short side, up to which a picture is resized as a whole
+HEADER_BYTES = 2**16  # of a file in an archive: enough for most formats to tell the size
 
 
 class ImageError(Exception):
@@ -66,10 +68,15 @@ class ImageRef:
 
     @property
     def origin(self) -> str:
-        """Name of the folder or archive that it lies in, the same on every machine."""
-        if self.member is not None:
+        """Name of the folder that was searched, or of the archive, below the folder that was.
+
+        The same on every machine.
+        """
+        if self.member is None:
+            return "" if self.root is None else self.root.resolve().name
+        if self.root is None:
             return self.path.name
-        return "" if self.root is None else self.root.resolve().name
+        return self.path.relative_to(self.root).as_posix()
 
     @property
     def key(self) -> str:
@@ -105,6 +112,21 @@ class ImageRef:
             with open(self.path, "rb") as archive:
                 archive.seek(self.offset)
                 return Image.open(io.BytesIO(archive.read(self.size)))
+
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height as stored, from as few bytes as tell it.
+
+        Raises:
+            ImageError: it is not a picture, or cannot be read.
+        """
+        if self.member is not None and self.size > HEADER_BYTES:
+            try:
+                with replace(self, size=HEADER_BYTES).open() as picture:
+                    return picture.size
+            except ImageError:
+                log.debug("%s: the size is not near the beginning", self.name)
+        with self.open() as picture:
+            return picture.size
 
     def load(self) -> Image.Image:
         """The picture as upright RGB: EXIF rotation applied, transparency laid over white.
@@ -195,7 +217,7 @@ def _folder_members(folder: Path) -> list[ImageRef]:
     refs = [ImageRef(f, root=folder) for f in files if f.suffix.lower() in EXTENSIONS]
     for shard in (f for f in files if f.suffix.lower() == ".tar"):
         try:
-            refs.extend(_tar_members(shard))
+            refs.extend(_tar_members(shard, folder))
         except ImageError as error:
             log.warning("skipped %s", error)
     others = sorted({f.suffix.lower() for f in files} & UNREAD)
@@ -208,7 +230,7 @@ def _folder_members(folder: Path) -> list[ImageRef]:
     return refs
 
 
-def _tar_members(path: Path) -> list[ImageRef]:
+def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     refs: list[ImageRef] = []
     classes: dict[str, str] = {}  # name without extension → class
     try:
@@ -218,7 +240,7 @@ def _tar_members(path: Path) -> list[ImageRef]:
                 if not member.isfile():
                     continue
                 if extension.lower() in EXTENSIONS:
-                    refs.append(ImageRef(path, member.name, member.offset_data, member.size))
+                    refs.append(ImageRef(path, member.name, member.offset_data, member.size, root))
                 elif extension.lower() == ".cls":
                     content = archive.extractfile(member)
                     assert content is not None  # it is a file
@@ -259,7 +281,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(pictures: Tensor) -> Tensor:
     """8 bits → [−1, 1], FP32. Any shape."""
-    return pictures.float().div_(127.5).sub_(1.0)
+    return (pictures.float() / 127.5).sub_(1.0)
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -278,10 +300,21 @@ def save_png(image: Tensor | Image.Image, path: str | os.PathLike[str]) -> None:
 def resize_and_crop(picture: Image.Image, side: int = 256) -> Image.Image:
     """Short side to ``side`` by Lanczos (other side rounded), then the centre square.
 
-    The protocol that tokenizers are compared by; offsets are floored.
+    The protocol that tokenizers are compared by; offsets are floored. Of a very long picture only
+    the part that is kept is resized: the whole of 1×20000 would be five million pixels wide.
     """
     scale = side / min(picture.size)
     size = tuple(side if n == min(picture.size) else round(n * scale) for n in picture.size)
+    if max(picture.size) > LONGEST * min(picture.size):
+
+        def kept(length: int, resized: int) -> tuple[float, float]:  # of the picture as it is
+            first = (resized - side) // 2
+            return length * first / resized, length * (first + side) / resized
+
+        left, right = kept(picture.width, size[0])
+        top, bottom = kept(picture.height, size[1])
+        box = (left, top, right, bottom)
+        return picture.resize((side, side), Image.Resampling.LANCZOS, box=box)
     picture = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.crop((left, top, left + side, top + side))

@@ -203,8 +203,17 @@ class LatentDataset(Dataset[LatentItem]):
         Raises:
             CheckpointError: a shard is damaged, or not the one of the index.
         """
-        for shard in self.index["shards"]:
-            path = self.folder / shard["file"]
-            _, header = checkpoint.load(path, kind=KIND)
-            if header["sha256"] != shard["sha256"]:
-                raise checkpoint.CheckpointError(f"{path}: not the shard that the index names")
+        for number in range(len(self.index["shards"])):
+            self.verify_shard(number)
+
+    def verify_shard(self, number: int) -> None:
+        """Reads one shard and checks its SHA-256.
+
+        Raises:
+            CheckpointError: it is damaged, or not the one of the index.
+        """
+        shard = self.index["shards"][number]
+        path = self.folder / shard["file"]
+        _, header = checkpoint.load(path, kind=KIND)
+        if header["sha256"] != shard["sha256"]:
+            raise checkpoint.CheckpointError(f"{path}: not the shard that the index names")

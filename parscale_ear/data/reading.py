@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -59,6 +59,16 @@ class Batch:
         return len(self.refs) + len(self.skipped)
 
 
+def add_skipped(skipped: dict[str, str], more: Mapping[str, str]) -> None:
+    """Adds pictures to those skipped; namesakes get a number, so that none goes uncounted."""
+    for key, reason in more.items():
+        name, number = key, 1
+        while name in skipped:
+            number += 1
+            name = f"{key} ({number})"
+        skipped[name] = reason
+
+
 def read_batches(
     refs: Sequence[ImageRef], side: int, size: int, *, readers: int, ahead: int
 ) -> Iterator[Batch]:
@@ -66,7 +76,7 @@ def read_batches(
     batch = Batch()
     for ref, pixels in read_squares(refs, side, readers, ahead):
         if isinstance(pixels, str):
-            batch.skipped[ref.key] = pixels
+            add_skipped(batch.skipped, {ref.key: pixels})
             continue
         batch.refs.append(ref)
         batch.pixels.append(pixels)

@@ -3,8 +3,8 @@
 Stage ``vae`` trains encoder, hybrid and decoder together on small crops, ``hybrid`` goes on with
 all three on large ones. Then the encoder is frozen, and with it the latent space: ``baseline``
 trains the decoder to do without the hybrid, ``sharp`` a second decoder for looks, whose colours are
-centred at the end. The latent is normalised by running statistics from the first step on, so that the hybrid always sees about zero
-mean and unit variance.
+centred at the end. The latent is normalised by running statistics from the first step on, so that
+the hybrid always sees about zero mean and unit variance.
 
 A run's folder::
 
@@ -31,7 +31,7 @@ from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import resolve
 from parscale_ear.autoencoder.litevae import PACKET_LEVELS
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.crops import RandomCrops
+from parscale_ear.data.crops import RandomCrops, scan_sizes
 from parscale_ear.data.images import load_squares
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.folder import Claim, split_pictures
@@ -80,10 +80,10 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         if _source(stage, out, recipe) in (None, recipe.start):
             _prepare(stage, out, recipe)
     sides = {recipe.crops(stage)[0] for stage in stages}
+    cache_gib = CACHE_GIB / world.size / max(1, len(sides))
+    sizes = scan_sizes(training) if sides else []
     sources = {
-        side: RandomCrops(
-            training, side=side, seed=recipe.seed, cache_gib=CACHE_GIB / world.size / len(sides)
-        )
+        side: RandomCrops(training, side=side, seed=recipe.seed, cache_gib=cache_gib, sizes=sizes)
         for side in sorted(sides)
     }
     if "sharp" in stages:
@@ -102,9 +102,10 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         run = Run(task, recipe.loop(stage), folder, resume=resume, world=world)
         if not run.train():
             return False
-        if crops.damaged:
-            names = ", ".join(sorted(crops.damaged)[:5])
-            log.warning("%d damaged pictures were left out: %s", len(crops.damaged), names)
+        damaged = world.union(crops.damaged)  # every process draws other pictures
+        if damaged and world.rank == 0:
+            names = ", ".join(sorted(damaged)[:5])
+            log.warning("%d damaged pictures were left out: %s", len(damaged), names)
         if world.rank == 0:
             plot_curves(out)
             averaged = run.average
@@ -113,7 +114,8 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
             if stage == "sharp":
                 centre_colours(averaged, crops)
                 quality = task.validate(averaged, run.progress.step)
-            facts = _facts(stage, recipe, run, crops, len(pictures), quality, history)
+            used = {"pictures": len(crops.refs), "damaged": len(damaged)}
+            facts = _facts(stage, recipe, run, used, len(pictures), quality, history)
             averaged.save_pretrained(out / f"{stage}.safetensors", training=facts)
         world.wait()
     return True
@@ -210,12 +212,12 @@ def _facts(
     stage: str,
     recipe: Recipe,
     run: Run,
-    crops: RandomCrops,
+    used: Mapping[str, int],
     validation_pictures: int,
     quality: Mapping[str, float],
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What the header of a weight file says about its training."""
+    """What the header of a weight file says about its training; ``used``: how many pictures."""
     side, batch = recipe.crops(stage)
     ours = {
         "stage": stage,
@@ -233,8 +235,7 @@ def _facts(
         "latent_noise": 0.0 if stage == "sharp" else recipe.latent_noise,
         "precision": recipe.precision,
         "seed": recipe.seed,
-        "pictures": len(crops.refs),
-        "damaged": len(crops.damaged),
+        **used,
         "images": [Path(path).name for path in recipe.images],
         "torch": torch.__version__,
     }

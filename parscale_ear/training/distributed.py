@@ -28,6 +28,9 @@ class World(Protocol):
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
         """Whether any process wants to stop, and the clock of the first."""
 
+    def union(self, names: Iterable[str]) -> set[str]:
+        """What any process names."""
+
     def wait(self) -> None:
         """Goes on when all processes are here."""
 
@@ -46,6 +49,10 @@ class OneProcess:
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
         """What this process says."""
         return stop, seconds
+
+    def union(self, names: Iterable[str]) -> set[str]:
+        """What this process names."""
+        return set(names)
 
     def wait(self) -> None:
         """Nothing to do."""
@@ -80,6 +87,12 @@ class AcceleratedWorld:
         )
         said = self.accelerator.reduce(said, reduction="sum")
         return bool(said[0] > 0), float(said[1])
+
+    def union(self, names: Iterable[str]) -> set[str]:
+        """Gathers the names of all processes."""
+        from accelerate.utils import gather_object
+
+        return set(gather_object(sorted(names)))
 
     def wait(self) -> None:
         """Goes on when all processes are here."""

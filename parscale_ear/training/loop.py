@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,14 @@ class LoopConfig:
         """Checks the length.
 
         Raises:
-            ValueError: not exactly one of ``minutes`` and ``steps``, or one not above 0.
+            ValueError: not exactly one of ``minutes`` and ``steps``, one not above 0, or an
+                unknown ``precision`` or ``optimizer``.
         """
+        for name, known in (("precision", get_args(Precision)), ("optimizer", get_args(Optimizer))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give either minutes or steps")
         length = self.minutes if self.steps is None else self.steps

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -77,20 +75,3 @@ def test_benchmark_and_memory(model: ParScaleEAR) -> None:
         del block
     assert peak[0] is not None
     assert peak[0] >= 1
-
-
-def test_fp16_training_resumes(folder_of_pictures: Path, tmp_path: Path) -> None:
-    from parscale_ear.training.autoencoder import Recipe, train_autoencoder
-
-    recipe = Recipe(
-        images=(str(folder_of_pictures),),
-        minutes=None,
-        steps=12,
-        batch=2,
-        crop=32,
-        final_crop=64,
-        precision="fp16",
-        device="cuda",
-    )
-    assert train_autoencoder(recipe, tmp_path / "run")
-    assert train_autoencoder(recipe, tmp_path / "run", resume=True)

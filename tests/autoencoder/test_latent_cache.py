@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -190,6 +191,34 @@ def test_damage_is_noticed(classes: Path, tmp_path: Path) -> None:
     (out / INDEX_FILE).write_text("{}")
     with pytest.raises(CheckpointError, match="not an index"):
         LatentDataset(out)
+
+
+def test_damaged_latents_become_no_pictures(classes: Path, tmp_path: Path) -> None:
+    out, pictures = tmp_path / "out", tmp_path / "png"
+    encode_folder(find_images([classes]), out, OPTIONS)
+    shard = out / shard_name(2)
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="shard-00002"):
+        decode_folder(out, pictures)
+    counts = [entry["count"] for entry in LatentDataset(out).index["shards"]]
+    assert len(list(pictures.rglob("*.png"))) == sum(counts[:2])  # those of whole shards
+
+
+def test_skipped_namesakes_are_all_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), "red" if name == "a" else "blue").save(tmp_path / name / "1.png")
+        (tmp_path / name / "0.png").write_bytes(b"no picture")
+        with tarfile.open(tmp_path / name / "000.tar", "w") as archive:
+            for file in ("0.png", "1.png"):
+                archive.add(tmp_path / name / file, file)
+    refs = find_images([tmp_path / "a" / "000.tar", tmp_path / "b" / "000.tar"])
+    for shard in (1, 5):
+        result = encode_folder(refs, tmp_path / f"out{shard}", CacheOptions(side=64, shard=shard))
+        assert result.pictures == 2
+        assert sorted(result.skipped) == ["000.tar/0.png", "000.tar/0.png (2)"]
 
 
 def test_no_readable_picture(tmp_path: Path) -> None:

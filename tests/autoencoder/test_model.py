@@ -161,6 +161,9 @@ class TestErrors:
         assert model(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 3, 32, 32)
         with pytest.raises(ValueError, match="multiples of 16"):
             model(torch.empty(2, 3, 33, 32, device="meta"))
+        for pad in (False, True):
+            with pytest.raises(ValueError, match="images"):
+                model.encode(torch.empty(2, 3, 0, 32, device="meta"), pad=pad)
 
     @pytest.mark.parametrize(
         ("fields", "name"),

@@ -200,6 +200,8 @@ class TestValidation:
         [
             (1.4, "≥ 1.5", "MISSED"), (3.4e9, "≥ 1.5 dB", "PASS"), (-0.33, "≤ -0.35", "MISSED"),
             (2e-7, "≤ 1e-06", "PASS"), (0.1, "< 0", "MISSED"), (float("nan"), "≥ 1", "MISSED"),
+            (27.17, "≥ 27.4 dB", "MISSED"), (0.783, "≥ 0.79", "MISSED"),
+            (1_500_000, "≥ 1,520,000", "MISSED"), (1_672_272, "≤ 1,680,000", "PASS"),
         ],
     )  # fmt: skip
     def test_a_status_must_follow_from_its_figure(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from parscale_ear.data.crops import RandomCrops
-from parscale_ear.data.images import ImageError, find_images
+from parscale_ear.data.crops import RandomCrops, scan_sizes
+from parscale_ear.data.images import ImageError, ImageRef, find_images
 
 
 def test_a_batch_is_a_function_of_seed_and_step(folder_of_pictures: Path) -> None:
@@ -33,6 +33,25 @@ def test_large_pictures_are_drawn_more_often(folder_of_pictures: Path) -> None:
     shares = [cumulative[0], *np.diff(cumulative)]
     assert shares == sorted(shares)
     assert shares[-1] > 1.1 * shares[0]
+
+
+def test_sizes_that_are_known_are_not_read_again(
+    folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder_of_pictures / "broken.png").write_text("hello")
+    refs = find_images([folder_of_pictures])
+    sizes = scan_sizes(refs)
+    expected = {side: RandomCrops(refs, side=side) for side in (64, 112)}
+
+    def refuse(self: ImageRef) -> None:
+        raise AssertionError("opened again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageRef, "open", refuse)
+        again = {side: RandomCrops(refs, side=side, sizes=sizes) for side in expected}
+    for side, crops in expected.items():
+        assert again[side].skipped == crops.skipped
+        assert torch.equal(again[side].batch(3, 4), crops.batch(3, 4))
 
 
 def test_unusable_pictures_are_named(

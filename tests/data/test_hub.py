@@ -41,10 +41,20 @@ def test_a_saved_dataset(saved: Path) -> None:
     assert [ref.label for ref in refs] == ["dog", "cat", "dog", ""]
     assert [ref.relative for ref in refs] == [f"0000000{k}" for k in range(4)]
     assert [np.array(ref.load())[0, 0, 0] for ref in refs[:2]] == [10, 20]
+    assert {ref.origin for ref in refs} == {"saved"}  # no machine path
     with pytest.raises(ImageError, match="not a readable picture"):
         refs[2].load()
     with pytest.raises(ImageError, match="no picture in this row"):
         refs[3].load()
+
+
+def test_a_split_does_not_give_the_folder_away(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": b"x", "path": None}]}
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"test": data}).save_to_disk(str(tmp_path / "saved"))
+    (ref,) = find_images([f"hf:{tmp_path}/saved:test"])
+    assert ref.origin == "saved:test"
 
 
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:

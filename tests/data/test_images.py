@@ -4,6 +4,7 @@ import io
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,37 @@ def test_resize_and_crop_by_the_protocol() -> None:
     assert images.resize_and_crop(gradient(100, 103), 100).size == (100, 100)
 
 
+@pytest.mark.parametrize("size", [(430, 47), (47, 431), (300, 9), (1, 40)])
+def test_of_a_very_long_picture_only_what_is_kept_is_resized(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = gradient(*size)
+    cut = np.asarray(images.resize_and_crop(picture, 64), dtype=int)
+    monkeypatch.setattr(images, "LONGEST", 1000)
+    whole = np.asarray(images.resize_and_crop(picture, 64), dtype=int)
+    assert cut.shape == (64, 64, 3)
+    assert np.abs(cut - whole).max() <= 1  # positions are the same but for rounding
+
+
+def test_a_line_of_pixels_does_not_become_a_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    plain = Image.Image.resize
+
+    def resize(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return plain(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    assert images.resize_and_crop(Image.new("RGB", (1, 20_000)), 256).size == (256, 256)
+    assert made == [256 * 256]
+
+
+def test_from_8_bits_leaves_its_argument_alone() -> None:
+    given = torch.tensor([0.0, 255.0])
+    assert images.from_uint8(given).tolist() == [-1.0, 1.0]
+    assert given.tolist() == [0.0, 255.0]
+
+
 def test_padding_repeats_the_edge() -> None:
     x = torch.rand(1, 3, 17, 16)
     padded = images.pad_to_multiple(x, 16)
@@ -132,6 +164,34 @@ class TestFinding:
         paths = [tmp_path / name for name in ("a", "b", "a.tar", "b.tar")]
         keys = [ref.key for ref in find_images(paths)]
         assert keys == ["a/1.png", "b/1.png", "a.tar/1.png", "b.tar/1.png"]
+        for name in ("a", "b"):
+            (tmp_path / f"{name}.tar").rename(tmp_path / name / "000.tar")
+        keys = [ref.key for ref in find_images([tmp_path])]
+        assert keys[2:] == ["a/000.tar/1.png", "b/000.tar/1.png"]
+
+    @pytest.mark.parametrize(("kind", "opened"), [("PNG", 1), ("JPEG", 2)])
+    def test_of_an_archive_only_headers_are_read_for_sizes(
+        self, kind: str, opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+        name = f"1.{kind.lower()}"
+        # A JPEG says how large it is behind its colour profile, however long that is.
+        profile = None if kind == "PNG" else bytes(2 * images.HEADER_BYTES)
+        Image.fromarray(noise).save(tmp_path / name, format=kind, icc_profile=profile)
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            archive.add(tmp_path / name, name)
+        (ref,) = find_images([tmp_path / "a.tar"])
+        assert ref.size > images.HEADER_BYTES
+        read: list[int] = []
+        plain = ImageRef.open
+
+        def spy(self: ImageRef) -> Image.Image:
+            read.append(self.size)
+            return plain(self)
+
+        monkeypatch.setattr(ImageRef, "open", spy)
+        assert ref.dimensions() == (300, 200)
+        assert read == [images.HEADER_BYTES, ref.size][:opened]
 
     def test_a_cut_off_shard_gives_what_it_has(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -123,3 +123,27 @@ def test_the_picture_critic_sees_pictures_that_are_all_alike() -> None:
     for a, b in zip(critic(maps, labels, 2), critic(alike, labels, 2), strict=True):
         assert not torch.allclose(a[0], b[0])
         torch.testing.assert_close(a[2:], b[2:])  # other groups do not matter
+
+
+class Pair(OneProcess):
+    """Two processes, of which the other one's gradients are the negative of these."""
+
+    size = 2
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.zero_()
+
+
+def test_the_critics_of_all_processes_learn_alike() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 64, 64)
+    for world, moves in (
+        (OneProcess(torch.device("cpu")), True),
+        (Pair(torch.device("cpu")), False),  # the mean of both gradients is zero
+    ):
+        critic = Critic(8)
+        before = copy.deepcopy(critic.state_dict())
+        adversary = Adversary(critic, 1e-3, world, betas=(0.5, 0.95), warmup_steps=10)
+        adversary.step(5, lambda c=critic: [c(x)], lambda c=critic: [c(x[:2])])  # type: ignore[misc]
+        assert any(not torch.equal(before[k], v) for k, v in critic.state_dict().items()) == moves

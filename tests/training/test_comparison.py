@@ -43,17 +43,22 @@ def test_conditions_do_what_they_are_called() -> None:
             assert (changed - latent)[inside].abs().max() <= limit
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.02), (2, 0.0), (4, 0.02)])
+@pytest.mark.parametrize(
+    ("seeds", "spread"), [(2, 0.02), (2, 0.0), (3, 0.02), (3, 0.005), (3, 0.1), (8, 0.02)]
+)
 def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, spread: float) -> None:
-    """Seeds and pictures both differ; of 400 intervals about 380 must hold 0."""
+    """Seeds and pictures both differ; of 2,000 intervals 1,900 or more must hold 0.
+
+    A true share of 0.95 falls below 0.94 by chance once in fifty times; the seed is fixed.
+    """
     rng = np.random.default_rng(0)
     held = 0
-    for _ in range(400):
+    for _ in range(2000):
         by_seed = spread * rng.standard_normal((seeds, 1))
         values = by_seed + 0.1 * rng.standard_normal(100) + 0.05 * rng.standard_normal((seeds, 100))
         found = comparison.interval(values)
         held += found["low"] <= 0 <= found["high"]
-    assert 0.925 <= held / 400 <= 1
+    assert 0.94 <= held / 2000 < 1
 
 
 def test_intervals_are_paired() -> None:
