@@ -28,6 +28,7 @@ from torch import Tensor
 
 FORMAT = 1
 HEADER = "parscale_ear"
+KEPT = 24  # characters of a file's name that its temporary file has, at most four bytes each
 
 
 class CheckpointError(Exception):
@@ -43,7 +44,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, as processes of several machines may write to one folder.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    # The beginning of the name says what it is; the whole and more might be too long a name.
+    temporary = path.with_name(f".{path.name[:KEPT]}.{uuid.uuid4().hex}.part")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's umask has it; some writers narrow it
@@ -97,13 +99,19 @@ def save(
 
     Returns:
         The SHA-256 that the header carries.
+
+    Raises:
+        OSError: it could not be written (a full disk, say).
     """
     header = {**facts, "format": FORMAT, "kind": kind, "config": config}
     header = json.loads(json.dumps(header))
     header["sha256"] = digest(tensors, header)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={HEADER: json.dumps(header)})
+        try:
+            save_file(plain, temporary, metadata={HEADER: json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
     return str(header["sha256"])
 
 
@@ -129,7 +137,7 @@ def load(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = _header(path, metadata)
     if kind is not None and header["kind"] != kind:
-        raise CheckpointError(f"{path}: holds a {header['kind']}, expected a {kind}")
+        raise CheckpointError(f"{path}: is of kind {header['kind']}, expected {kind}")
     content = {key: value for key, value in header.items() if key != "sha256"}
     if digest(tensors, content) != header["sha256"]:
         raise CheckpointError(

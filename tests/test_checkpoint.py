@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from parscale_ear import checkpoint
@@ -66,7 +67,7 @@ def test_mutated_files_are_refused_or_equal(tiny: ParScaleEAR, tmp_path: Path) -
         (lambda p: save_file({}, p, {"parscale_ear": "{"}), "not JSON"),
         (lambda p: save_file({}, p, {"parscale_ear": '{"format": 9}'}), "format 9"),
         (lambda p: save_file({}, p, {"parscale_ear": '{"format": 1}'}), "lacks 'kind'"),
-        (lambda p: checkpoint.save(p, {}, kind="Other", config={}), "holds a Other"),
+        (lambda p: checkpoint.save(p, {}, kind="Other", config={}), "of kind Other, expected"),
         (lambda p: None, "no such weight file"),
     ],
 )
@@ -109,3 +110,20 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         fail_halfway()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_longest_name_of_a_file_can_be_written(tmp_path: Path) -> None:
+    for name in ("a" * 250 + ".png", "\N{HIRAGANA LETTER A}" * 83 + ".txt"):
+        with atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    with pytest.raises(OSError, match=r"x\.safetensors: could not be written .*No space left"):
+        checkpoint.save(tmp_path / "x.safetensors", {}, kind="Other", config={})
+    assert list(tmp_path.iterdir()) == []

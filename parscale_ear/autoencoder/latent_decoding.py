@@ -78,7 +78,12 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path}: damaged ({error}); name a new folder"
+            ) from error
         changed = sorted(key for key in job if found.get(key) != job[key])
         if changed:
             raise checkpoint.CheckpointError(

@@ -6,7 +6,7 @@ Shapes: B batch, H W pixels, h w latent height and width (H/16, W/16), Z latent 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class ParScaleEAR(LiteVAE):
             ValueError: rank, channels, size, tile, dtype or device are wrong, or a value is not
                 finite.
         """
-        if pad and images.ndim == 4 and images.numel():
+        if pad and isinstance(images, Tensor) and images.ndim == 4 and images.numel():
             images = pad_to_multiple(images, STRIDE)
         self._check(images, "images", 3, STRIDE, check_finite)
         if tile is None:
@@ -172,8 +172,8 @@ class ParScaleEAR(LiteVAE):
         channels = self.config.litevae.latent_channels
         self._check(latent, "latent", channels, 1, check_finite)
         full = (latent.shape[2] * STRIDE, latent.shape[3] * STRIDE)
-        if size is not None and not all(0 < n <= most for n, most in zip(size, full, strict=True)):
-            raise ValueError(f"size must lie in 1..{full[0]} × 1..{full[1]}, got {size}")
+        if size is not None and not _inside(size, full):
+            raise ValueError(f"size must be (H, W) in 1..{full[0]} × 1..{full[1]}, got {size}")
         latent = latent * self.latent_std.to(latent.dtype) + self.latent_mean.to(latent.dtype)
         if tile is None:
             images = self.decoder(latent)  # (B, 3, H, W)
@@ -213,6 +213,8 @@ class ParScaleEAR(LiteVAE):
     ) -> None:
         """Checks a tensor by its metadata alone, so that no device is waited for."""
         weight = self.decoder.latent4.weight
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(
                 f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
@@ -354,8 +356,12 @@ class ParScaleEAR(LiteVAE):
 
         Raises:
             CheckpointError: the file is missing, truncated, foreign or changed.
-            ValueError: ``variant`` or ``decoder`` is unknown.
+            ValueError: ``variant`` or ``decoder`` is unknown, or given beside a ``path``.
         """
+        if path is not None and (decoder is not None or variant != "hybrid"):
+            raise ValueError(
+                "variant and decoder name shipped weights; leave them out where a path is given"
+            )
         path = shipped_weights(variant, decoder) if path is None else resolve(path)
         tensors, header = read(path, cls.__name__)
         try:
@@ -371,3 +377,12 @@ class ParScaleEAR(LiteVAE):
         model = model.to(device, dtype).eval()
         model._known_digests = {model._latent_digest(): fingerprint}  # BF16 rounds the weights
         return model
+
+
+def _inside(size: Any, full: tuple[int, int]) -> bool:
+    """Whether ``size`` is a height and width of at least 1 and at most ``full``."""
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, int) and 0 < n <= most for n, most in zip(size, full, strict=True))
+    )

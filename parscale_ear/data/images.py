@@ -156,21 +156,27 @@ def _reason(error: Exception) -> str:
         return "of no known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return f"of more than {most} million pixels; cut or reduce it first"
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text[:120]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled."""
+    """Upright 8-bit RGB: EXIF rotation applied, transparency over white, 16 bits and floats scaled."""
     try:
         picture = ImageOps.exif_transpose(picture)
     except MemoryError:
         raise
     except Exception:  # rotten EXIF: as it lies, if its pixels can be read
         log.debug("the EXIF data cannot be read; the picture stays as it lies", exc_info=True)
-    if picture.mode.startswith("I"):  # 16- or 32-bit grey; Pillow would clip it to 255
+    if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow would clip these to 255
         grey = np.asarray(picture, dtype=np.float64)
-        scale = 255 / 65535 if grey.max() > 255 else 1.0
+        if picture.mode == "F":  # as floats are mostly stored: up to 1, else 8 bits
+            scale = 255.0 if grey.max(initial=0) <= 1 else 1.0
+        else:  # modes "I;16...": 16 bits; "I": 32 bits that may hold 8 or 16
+            scale = 255 / 65535 if picture.mode != "I" or grey.max(initial=0) > 255 else 1.0
         return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -212,8 +218,24 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
     return refs
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every path below a folder; what cannot be listed is logged, the folder itself an error.
+
+    Raises:
+        ImageError: ``folder`` cannot be listed.
+    """
+
+    def tell(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise ImageError(f"{folder}: {error.strerror}") from error
+        log.warning("%s: %s; what is in it is left out", error.filename, error.strerror)
+
+    for place, _, names in os.walk(folder, onerror=tell):
+        yield from (Path(place) / name for name in names)
+
+
 def _folder_members(folder: Path) -> list[ImageRef]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    files = sorted(f for f in _walk(folder) if f.is_file())
     refs = [ImageRef(f, root=folder) for f in files if f.suffix.lower() in EXTENSIONS]
     for shard in (f for f in files if f.suffix.lower() == ".tar"):
         try:

@@ -32,6 +32,7 @@ from parscale_ear import checkpoint
 INDEX_FILE = "index.json"
 KIND = "LatentShard"
 FORMAT = 1
+REMEDY = "delete it and run the same parscale-ear encode again"
 
 
 class LatentItem(TypedDict):
@@ -88,9 +89,11 @@ def shard_header(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})[checkpoint.HEADER])
     except Exception as error:  # safetensors raises several kinds
         reason = " ".join(str(error).split())[:120]
-        raise checkpoint.CheckpointError(f"{path}: not a shard of latents ({reason})") from error
+        raise checkpoint.CheckpointError(
+            f"{path}: not a shard of latents ({reason}); {REMEDY}"
+        ) from error
     if header.get("kind") != KIND:
-        raise checkpoint.CheckpointError(f"{path}: not a shard of latents")
+        raise checkpoint.CheckpointError(f"{path}: not a shard of latents; {REMEDY}")
     return dict(header)
 
 
@@ -191,10 +194,15 @@ class LatentDataset(Dataset[LatentItem]):
 
     def _shard(self, number: int) -> tuple[Any, Tensor, list[str]]:
         if number not in self._open:
-            path = self.folder / self.index["shards"][number]["file"]
+            shard = self.index["shards"][number]
+            path = self.folder / shard["file"]
+            names = shard_header(path)["names"]
+            if len(names) != shard["count"]:
+                raise checkpoint.CheckpointError(
+                    f"{path}: {len(names)} pictures, but {shard['count']} by the index; {REMEDY}"
+                )
             file: Any = safe_open(path, framework="pt")
-            header = json.loads(file.metadata()[checkpoint.HEADER])
-            self._open[number] = (file, file.get_tensor("labels"), header["names"])
+            self._open[number] = (file, file.get_tensor("labels"), names)
         return self._open[number]
 
     def verify(self) -> None:
@@ -216,4 +224,6 @@ class LatentDataset(Dataset[LatentItem]):
         path = self.folder / shard["file"]
         _, header = checkpoint.load(path, kind=KIND)
         if header["sha256"] != shard["sha256"]:
-            raise checkpoint.CheckpointError(f"{path}: not the shard that the index names")
+            raise checkpoint.CheckpointError(
+                f"{path}: not the shard that the index names; {REMEDY}"
+            )

@@ -232,7 +232,7 @@ class NextScaleGenerator(nn.Module):
         if mode == "aggregate" and count > 1:
             raise ValueError(
                 f"aggregate mode needs trained streams, not only their number {count}; "
-                "give a ParallelStreams"
+                "give a ParallelStreams (--streams-weights)"
             )
         return count, None
 

@@ -56,12 +56,17 @@ class Claim:
         self.path, self.asked = out / RECIPE_FILE, json.loads(json.dumps(told))
         build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
         if not self.path.exists():
+            if resume:
+                log.warning("%s holds no run yet; a new one starts there", out)
             return
         if not resume:
             raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
         # A field that the run's version did not know yet has its default: what it did then.
         unsaid = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
-        found = {**json.loads(json.dumps(unsaid)), **json.loads(self.path.read_text("utf-8"))}
+        try:
+            found = {**json.loads(json.dumps(unsaid)), **json.loads(self.path.read_text("utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise TrainingError(f"{self.path}: damaged ({error}); name a new folder") from error
         changed = sorted(k for k in self.asked if self.asked[k] != found.get(k))
         if changed:
             raise TrainingError(

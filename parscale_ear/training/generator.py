@@ -36,7 +36,7 @@ from parscale_ear.training.generator_tasks import (
     VARTask,
     token_losses,
 )
-from parscale_ear.training.loop import Run, Task, read_log
+from parscale_ear.training.loop import Run, Task, TrainingError, read_log
 from parscale_ear.training.stream_worth import summarise
 
 MOST_VALIDATED = 2048
@@ -54,7 +54,8 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
         True when all is done, False when a signal stopped it.
 
     Raises:
-        TrainingError: ``out`` holds a run and ``resume`` is false, or it holds another recipe's.
+        TrainingError: ``out`` holds a run and ``resume`` is false, or it holds another recipe's;
+            or some pictures have no class.
         ImageError: there are no usable pictures.
         CheckpointError: the weights of an earlier stage cannot be used.
     """
@@ -64,6 +65,11 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
         recipe.images, recipe.validation, held_out=MOST_VALIDATED, most_validated=MOST_VALIDATED
     )
     classes = sorted({ref.label for ref in refs})
+    if "" in classes:
+        loose = next(ref for ref in refs if not ref.label)
+        raise TrainingError(
+            f"{loose.name} has no class; give a folder of class folders, or a tar of them"
+        )
     pictures, labels = load_labelled(refs, recipe.side, classes)
     validation, validation_labels = load_labelled(named, recipe.side, classes)
     recipe.var_config(len(classes))  # all mistakes show before anything is written

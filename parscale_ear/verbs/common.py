@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,6 +16,30 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def seed_number(text: str) -> int:
+    """A seed of PyTorch's generators, for argparse."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
+        )
+    return int(text)
+
+
+def check_output(path: Path) -> None:
+    """Looks whether a file can be written, before the work that it is the result of.
+
+    Raises:
+        UsageError: it is a folder, or lies where nothing can be written.
+    """
+    from parscale_ear.device import UsageError
+
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: nothing can be written in {folder}; name another place")
 
 
 def add_weights(verb: argparse.ArgumentParser) -> None:

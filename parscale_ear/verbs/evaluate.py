@@ -12,6 +12,7 @@ from parscale_ear.verbs.common import (
     add_device,
     add_processes,
     add_weights,
+    check_output,
     positive,
     weights_of,
 )
@@ -58,6 +59,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from parscale_ear.parallel import worker_devices
 
     device = resolve_device(arguments.device)
+    if arguments.output is not None:
+        check_output(arguments.output)
     refs = find_images(arguments.images)
     weights = weights_of(arguments)
     options = EvaluationOptions(
@@ -97,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
     line = json.dumps(result)
+    print(line)
     if arguments.output is not None:
         checkpoint.write_text(arguments.output, line + "\n")
-    print(line)
     return 2 if result["skipped"] else 0

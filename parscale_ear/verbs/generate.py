@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parscale_ear.verbs.common import Verbs, add_device, positive
+from parscale_ear.verbs.common import Verbs, add_device, check_output, positive, seed_number
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def add_parser(verbs: Verbs) -> None:
         action="store_true",
         help="torch.compile the blocks instead of packing weights; takes minutes first",
     )
-    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--seed", type=seed_number, default=0)
     verb.add_argument("--out", type=Path, required=True, help="PNG file")
     add_device(verb, dtype=False)
     verb.add_argument(
@@ -88,6 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.out.suffix.lower() != ".png":
         raise UsageError(f"--out {arguments.out}: name a .png file")
+    check_output(arguments.out)
     device = resolve_device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     assert dtype is not None
@@ -96,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
         path = shipped_generator()
     kind = "VAR" if arguments.official else read_kind(path)
     if kind not in GUIDANCE:
-        raise UsageError(f"{path}: holds a {kind}, which draws no pictures")
+        raise UsageError(f"{path}: is of kind {kind}, which draws no pictures")
     options = _options(arguments, kind)
     model = (_var if kind == "VAR" else _ear)(arguments, path, device)
     label = _label(arguments.label, model)

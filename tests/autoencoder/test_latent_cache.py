@@ -206,6 +206,21 @@ def test_damaged_latents_become_no_pictures(classes: Path, tmp_path: Path) -> No
     assert len(list(pictures.rglob("*.png"))) == sum(counts[:2])  # those of whole shards
 
 
+@pytest.mark.parametrize("damage", ["cut off", "fewer"])
+def test_a_shard_that_does_not_fit_the_index_is_told(
+    damage: str, classes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    encode_folder(find_images([classes]), out, OPTIONS)
+    shard = out / shard_name(0)
+    if damage == "cut off":
+        shard.write_bytes(shard.read_bytes()[:2000])
+    else:
+        shard.write_bytes((out / shard_name(2)).read_bytes())
+    with pytest.raises(CheckpointError, match=r"shard-00000.*delete it and run the same"):
+        LatentDataset(out)[0]
+
+
 def test_skipped_namesakes_are_all_counted(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

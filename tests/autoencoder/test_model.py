@@ -67,7 +67,7 @@ class TestShapes:
         latent = tiny.encode(x, pad=True).mode()
         assert latent.shape[2:] == (-(-size[0] // 16), -(-size[1] // 16))
         assert tiny.decode(latent, size=size).shape == x.shape
-        with pytest.raises(ValueError, match="size must lie in"):
+        with pytest.raises(ValueError, match="size must be"):
             tiny.decode(latent, size=(1000, 16))
 
     def test_without_hybrid_enhance_hands_on(self) -> None:
@@ -164,6 +164,17 @@ class TestErrors:
         for pad in (False, True):
             with pytest.raises(ValueError, match="images"):
                 model.encode(torch.empty(2, 3, 0, 32, device="meta"), pad=pad)
+            with pytest.raises(ValueError, match=r"must be a torch\.Tensor, got list"):
+                model.encode([[0.0]], pad=pad)  # type: ignore[arg-type]
+        latent = torch.empty(1, 4, 2, 2, device="meta")
+        for size in ((10,), 10, (10.0, 10.0), (0, 4), (33, 4)):
+            with pytest.raises(ValueError, match=r"size must be \(H, W\) in 1\.\.32"):
+                model.decode(latent, size=size)  # type: ignore[arg-type]
+
+    def test_shipped_decoders_do_not_go_with_a_path(self, tmp_path: Path) -> None:
+        for choice in ({"decoder": "sharp"}, {"variant": "baseline"}):
+            with pytest.raises(ValueError, match="leave them out where a path is given"):
+                ParScaleEAR.from_pretrained(tmp_path, **choice)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("fields", "name"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 from pathlib import Path
@@ -261,3 +262,45 @@ def test_names_and_classes_of_a_folder(tmp_path: Path) -> None:
         "cat/a.png": "cat",
         "dog/deep/b.png": "deep",
     }
+
+
+@pytest.mark.parametrize(("most", "scale"), [(1.0, 255.0), (200.0, 1.0)])
+def test_float_grey_is_scaled_and_not_cut_off(tmp_path: Path, most: float, scale: float) -> None:
+    grey = np.linspace(0, most, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    loaded = np.asarray(ImageRef(tmp_path / "x.tif").load())[..., 0]
+    np.testing.assert_allclose(loaded, grey * scale, atol=0.51)
+
+
+def test_dark_16_bit_grey_stays_dark(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 200, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert np.asarray(ImageRef(tmp_path / "x.png").load()).max() == 1
+
+
+def test_a_picture_too_large_to_be_safe_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient(3000, 2000).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    with pytest.raises(ImageError, match="more than 4 million pixels; cut or reduce it first"):
+        ImageRef(tmp_path / "x.png").load()
+
+
+def test_folders_that_cannot_be_listed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("open", "shut"):
+        (tmp_path / name).mkdir()
+        gradient().save(tmp_path / name / "1.png")
+    plain = os.scandir
+
+    def scandir(path: Any) -> Any:  # root may list what others may not
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert [ref.relative for ref in find_images([tmp_path])] == ["open/1.png"]
+    assert "shut: Permission denied; what is in it is left out" in caplog.text
+    with pytest.raises(ImageError, match="shut: Permission denied"):
+        find_images([tmp_path / "shut"])

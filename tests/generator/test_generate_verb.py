@@ -141,7 +141,7 @@ def test_options_of_the_other_model(
 def test_weights_that_draw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = ParScaleEAR.from_pretrained().save_pretrained(tmp_path)
     assert generate("--checkpoint", path, "--out", tmp_path / "grid.png") == 2
-    assert "holds a ParScaleEAR, which draws no pictures" in capsys.readouterr().err
+    assert "of kind ParScaleEAR, which draws no pictures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,9 @@ def test_weights_that_draw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--out", "grid.jpg"], "name a .png file"),
         (["--streams-weights", "none.safetensors"], "no such weight file"),
         (["--checkpoint", "none.safetensors"], "no such weight file"),
+        (["--out", "folder.png"], "folder.png is a folder; name a file"),
+        (["--out", "file/grid.png"], "nothing can be written in"),
+        (["--mode", "aggregate", "--streams", "2"], "--streams-weights"),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -165,6 +168,8 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
     before = sorted(tmp_path.iterdir())
     asked = ["--checkpoint", checkpoint] if "--checkpoint" not in words else []
     asked += ["--out", "grid.png"] if "--out" not in words else []

@@ -157,7 +157,7 @@ def test_save_and_load(var: VAR, tmp_path: Path) -> None:
     path = streams.save_pretrained(tmp_path / "streams.safetensors")
     loaded = ParallelStreams.from_pretrained(path)
     assert torch.equal(draw(var, 0, streams=loaded), draw(var, 0, streams=streams))
-    with pytest.raises(CheckpointError, match="holds a ParallelStreams, expected a VAR"):
+    with pytest.raises(CheckpointError, match="of kind ParallelStreams, expected VAR"):
         VAR.from_pretrained(path)
 
 

@@ -129,6 +129,7 @@ def test_foreign_checkpoints_are_refused(
     torch.save({"a": Sizes()}, tmp_path / "code.pth")
     with pytest.raises(CheckpointError, match="tensors alone"):
         VAR.from_official(tmp_path / "code.pth", transformer)
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(CheckpointError, match="tensors alone"):
-        VAR.from_official(tmp_path / "text.pth", transformer)
+    for damage in (b"hello", b"\x80", b"\x80\x02G", b""):
+        (tmp_path / "text.pth").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="tensors alone"):
+            VAR.from_official(tmp_path / "text.pth", transformer)

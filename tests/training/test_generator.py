@@ -164,6 +164,17 @@ def test_another_recipe_is_refused(recipe: VARRecipe, trained: Path) -> None:
         train_var(replace(recipe, depth=3), trained, resume=True)
 
 
+def test_pictures_without_classes_are_refused(
+    recipe: VARRecipe, pictures: Path, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(pictures, mixed)
+    shutil.copy(next(p for p in pictures.rglob("*") if p.is_file()), mixed / "loose.png")
+    with pytest.raises(TrainingError, match=r"loose\.png has no class"):
+        train_var(replace(recipe, images=(str(mixed),)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_per_picture_losses_are_the_logits_cross_entropies(trained: Path) -> None:
     var = VAR.from_pretrained(trained / "var.safetensors")
     squares = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)

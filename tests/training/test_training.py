@@ -336,6 +336,16 @@ def test_another_recipe_does_not_resume(folder_of_pictures: Path, tmp_path: Path
         train_autoencoder(recipe(folder_of_pictures, steps=3, batch=4), out, resume=True)
     with pytest.raises(TrainingError, match="already holds a run"):
         train_autoencoder(recipe(folder_of_pictures, steps=3), out)
+    (out / "recipe.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"recipe\.json: damaged .*name a new folder"):
+        train_autoencoder(recipe(folder_of_pictures, steps=3), out, resume=True)
+
+
+def test_to_resume_what_is_not_there_is_told(
+    folder_of_pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_autoencoder(recipe(folder_of_pictures, steps=3), tmp_path / "new", resume=True)
+    assert "new holds no run yet; a new one starts there" in caplog.text
 
 
 def test_only_more_blocks_can_be_grown(tmp_path: Path) -> None:
