@@ -125,5 +125,8 @@ def _head_target(evidence: Mapping[str, Any] | None, kind: str, how: str, quick:
         return ci.skipped(name, "no controlled training on record", "< 1")
     ours, theirs = (evidence["heads"][k]["distance"] for k in ("energy", kind))
     ratio = ours["high"] / theirs["low"]
-    why = f"{ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}"
+    why = (
+        f"{ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}, by release "
+        f"{evidence['version']} and its decoder"
+    )
     return ci.Target(name, "PASS" if ratio < 1 else "MISSED", ratio, "< 1", why)

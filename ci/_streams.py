@@ -79,7 +79,7 @@ class Case:
     token_seconds: list[float] = field(default_factory=list)  # without the decoder
     scale_seconds: list[list[float]] = field(default_factory=list)
     block_calls: tuple[int, ...] = ()  # of the last run, of every block
-    synchronised: bool = True  # the device was waited for at every look at the clock
+    synchronised: bool = True  # the device was idle at every look at the clock, in all runs
     pictures: Tensor | None = None  # (1, P, 3, H, W), 8-bit, of the last run
 
     @property
@@ -155,6 +155,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def idle(device: torch.device) -> bool:
+    """Whether the device has nothing left to do."""
+    return device.type != "cuda" or bool(torch.cuda.current_stream(device).query())
+
+
 def run_case(
     var: VAR | EnergyAR,
     streams: ParallelStreams | int,
@@ -173,21 +178,26 @@ def run_case(
     def count(layer: int, *_: object) -> None:
         calls[layer] += 1
 
+    def look() -> float:
+        time_now = now(device)
+        case.synchronised &= idle(device)
+        return time_now
+
     hooks = [
         block.register_forward_pre_hook(partial(count, layer))
         for layer, block in enumerate(var.transformer.layers())
     ]
     try:
-        start = now(device)
+        start = look()
         images = var.generate(
             [label],
             guidance=guidance,
             generator=generator,
             streams=streams,
             mode=case.mode,
-            callback=lambda _: stamps.append(now(device)),
+            callback=lambda _: stamps.append(look()),
         )
-        end = now(device)
+        end = look()
     finally:
         for hook in hooks:
             hook.remove()

@@ -338,7 +338,7 @@ def _targets(figures: Mapping[str, Any], device: torch.device, quick: bool) -> l
         "aggregate": f"t({JUDGED}), aggregate, over min(t(1), twin / {TWIN_RATIO}) (tokens)",
         "diverse": f"t({JUDGED}), diverse, over min(t(1), twin / {TWIN_RATIO}) (tokens)",
         "memory": f"memory at P = {JUDGED} over that at P = 1",
-        "explained": f"memory above the model at P = {JUDGED}, over cache and activations",
+        "explained": "memory above the model, over cache and activations, farthest from 1 of all P",
     }
     limits = {
         "twin": f"≥ {TWIN_RATIO}",
@@ -373,7 +373,7 @@ def _targets(figures: Mapping[str, Any], device: torch.device, quick: bool) -> l
         return targets + [ci.skipped(names[key], note, limits[key]) for key in list(names)[3:]]
     ratio = several["peak_bytes"] / rows[1, "diverse"]["peak_bytes"]
     targets.append(ci.at_most(names["memory"], ratio, MEMORY_RATIO))
-    share = explained(several)
+    share = max((explained(row) for row in rows.values()), key=lambda share: abs(share - 1))
     status = "PASS" if abs(share - 1) <= EXPLAINED else "MISSED"
     targets.append(ci.Target(names["explained"], status, share, limits["explained"]))
     return targets

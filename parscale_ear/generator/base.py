@@ -322,13 +322,17 @@ class NextScaleGenerator(nn.Module):
             guidance: whether unconditional rows run too.
             streams: P.
             prefix: tokens of a stream's prefix.
-            mode: in aggregate mode the head runs once for all streams.
+            mode: in aggregate mode the head runs once for all streams, and what joins them (two
+                layers, and the weighted sum) is counted too.
         """
         rows = self.rows(batch, guidance=guidance, streams=streams, mode=mode)
         counts = self.transformer.flops(rows, prefix, batch + (1 if guidance else 0))
         pictures = batch * (1 if mode == "aggregate" else streams)
+        width, joining = self.transformer.config.width, 0
+        if mode == "aggregate" and streams > 1:
+            joining = 2 * streams * (width * width + width + width)
         for scale, tokens in enumerate(self.transformer.config.counts):
-            counts[scale] += pictures * tokens * self.head_flops(scale)
+            counts[scale] += pictures * tokens * (self.head_flops(scale) + joining)
         return counts
 
     def kv_cache_bytes(

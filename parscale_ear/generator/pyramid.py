@@ -119,8 +119,14 @@ class LatentPyramid(nn.Module):
         return [latent, *reversed(found)]
 
     def fit(self, latents: Tensor) -> None:
-        """Takes mean and deviation of every coefficient from (N, Z, S, S) latents."""
+        """Takes mean and deviation of every coefficient from (N, Z, S, S) latents.
+
+        Raises:
+            ValueError: latents of another shape, or fewer than two, which have no deviation.
+        """
         self._check(latents)
+        if len(latents) < 2:
+            raise ValueError(f"at least two latents are needed, got {len(latents)}")
         for level, values in enumerate(self._levels(latents.float())):
             mean, std = self._statistics(level)
             mean.copy_(values.mean((0, 2, 3))[:, None, None])

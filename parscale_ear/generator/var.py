@@ -354,10 +354,12 @@ class VAR(NextScaleGenerator):
     ) -> int:
         """Bytes that one generation takes beside the model, at its peak.
 
-        An estimate from sizes alone, for comparison with what is measured: the larger of the last
-        scale (the cache; then, a token and row, the residual stream, the normed input, the MLP's
-        hidden state and its result, or else logits, as the model gives them, in FP32, and the
-        draw's) and the decoder at full resolution (five feature maps of one picture).
+        An estimate from sizes alone, for comparison with what is measured, of the cache and the
+        largest of what comes beside it: at the last scale, a token and row, the residual stream,
+        the normed input, the MLP's hidden state and its result, or logits, as the model gives
+        them, in FP32, and the draw's; then the decoder at full resolution (five feature maps). On
+        the CPU the cache's memory is kept for the next one while the decoder runs, a picture at a
+        time; elsewhere it is free by then, and all pictures are decoded at once.
 
         Args:
             batch: labels.
@@ -375,7 +377,9 @@ class VAR(NextScaleGenerator):
         sampling = pictures * tokens * tokenizer.vocabulary * (item + 4 + 4)
         cache = self.transformer.kv_cache_bytes(rows, prefix)
         decoder = 5 * tokenizer.width * tokenizer.image_side**2 * item
-        return max(cache + max(blocks, sampling), decoder)
+        if self.transformer.positions.device.type == "cpu":
+            return cache + max(blocks, sampling, decoder)
+        return max(cache + max(blocks, sampling), pictures * decoder)
 
     # --- in and out ---
 

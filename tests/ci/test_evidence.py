@@ -54,7 +54,7 @@ def test_heads_are_compared_where_both_are_on_record() -> None:
         return {"distance": {"value": value, "low": value - 1, "high": value + 1}}
 
     heads = {"energy": of(90), "gaussian": of(100), "diffusion": of(91.5)}
-    evidence = {"heads": heads}
+    evidence = {"heads": heads, "version": "9.8.7"}
     targets = _evidence.head_targets(evidence, None, quick=False)
     found = {target.name.split(" over ")[1]: target for target in targets}
     alone, then = (
@@ -68,6 +68,7 @@ def test_heads_are_compared_where_both_are_on_record() -> None:
     assert found[f"gaussian {alone}"].value == pytest.approx(91 / 99)
     # The intervals meet.
     assert "90.0 [89.0, 91.0] and 91.5 [90.5, 92.5]" in found[f"diffusion {alone}"].why
+    assert "by release 9.8.7 and its decoder" in found[f"diffusion {alone}"].why
     targets = _evidence.head_targets(None, evidence, quick=False)
     assert [t.status for t in targets] == ["SKIPPED"] * 3 + ["PASS", "MISSED"]
     targets = _evidence.head_targets(None, None, quick=False)

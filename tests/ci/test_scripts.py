@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import ci._streams
 import ci.ablation
 import ci.fid_eval
 import ci.generation
@@ -368,3 +369,19 @@ class TestWrongUse:
 
 def test_latency_hands_on_the_packages_function() -> None:
     assert ci.latency.benchmark_model_precise is benchmark_model_precise
+
+
+def test_a_clock_that_is_read_while_the_device_works_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = EnergyAR.from_pretrained()
+    options: dict[str, Any] = {"label": 0, "guidance": 0.0, "seed": 0}
+    case = ci._streams.Case(1, "diverse")
+    ci._streams.run_case(model, 1, case, **options)
+    assert case.synchronised
+    busy = iter([True] * 3 + [False] + [True] * 20)
+    monkeypatch.setattr(ci._streams, "idle", lambda device: next(busy))
+    ci._streams.run_case(model, 1, case, **options)
+    assert not case.synchronised
+    ci._streams.run_case(model, 1, case, **options)
+    assert not case.synchronised  # one look is enough

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from parscale_ear.generator import attention
-from parscale_ear.generator.var import VAR
+from parscale_ear.generator.var import VAR, VARConfig
+from parscale_ear.generator.vqvae import VQVAEConfig
 
 
 def test_cache_is_as_large_as_it_says(var: VAR) -> None:
@@ -21,6 +22,23 @@ def test_cache_is_as_large_as_it_says(var: VAR) -> None:
     assert var.kv_cache_bytes(2, guidance=False) == var.transformer.kv_cache_bytes(2)
     joined = var.kv_cache_bytes(2, streams=3, mode="aggregate")
     assert joined == var.transformer.kv_cache_bytes(2 * 3 + 2)
+
+
+def test_memory_of_a_generation_is_cache_and_the_largest_of_what_comes_beside() -> None:
+    """Sizes of VAR-d16 in BF16, and of a decoder that is larger than blocks and logits or not."""
+    for width, largest in ((160, "decoder"), (4, "sampling")):
+        config = VARConfig(depth=16, vqvae=VQVAEConfig(width=width, groups=min(width, 32)))
+        with torch.device("meta"):
+            model = VAR(config).set_dtype(torch.bfloat16)
+        model.transformer.positions = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        cache = 2 * 16 * 8 * (680 + 48) * 1024 * 2  # keys and values of 8 rows: 4 streams, guided
+        parts = {
+            "decoder": 5 * width * 256 * 256 * 2,
+            "blocks": 8 * 256 * 1024 * (3 + 4) * 2,
+            "sampling": 4 * 256 * 4096 * (2 + 4 + 4),
+        }
+        assert max(parts, key=lambda name: parts[name]) == largest
+        assert model.generation_bytes(streams=4, prefix=48) == cache + parts[largest]
 
 
 def test_cache_refuses_what_does_not_fit(var: VAR) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
-from parscale_ear.generator.base import Mode
+from parscale_ear.generator.base import Mode, Rows
 from parscale_ear.generator.ear import EnergyAR, LatentEvent
 from parscale_ear.generator.ear_config import EARConfig, find_class
 from parscale_ear.generator.streams import ParallelStreams
@@ -129,6 +130,74 @@ def test_guidance_moves_away_from_no_label(model: EnergyAR) -> None:
     assert not torch.allclose(plain, guided, atol=1e-2)
 
 
+def test_guidance_rises_over_the_scales(model: EnergyAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the hidden states, from 0 at the first scale to its whole weight at the last."""
+    plain, found = Rows.settle, []
+
+    def settle(self: Rows, *arguments: Any) -> torch.Tensor:
+        states = plain(self, *arguments)
+        transformer, hidden, condition, share = arguments
+        conditional, unconditional = transformer.output_norm(hidden, condition).chunk(2)
+        expected = conditional + 3.0 * share * (conditional - unconditional)
+        torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+        found.append(share)
+        return states
+
+    monkeypatch.setattr(Rows, "settle", settle)
+    model.generate_latents([0, 2], guidance=3.0, generator=seeded())
+    last = len(model.pyramid.scales) - 1
+    assert found == pytest.approx([k / last for k in range(last + 1)])
+
+
+def test_the_first_stream_speaks_for_no_label(model: EnergyAR) -> None:
+    null = model.transformer.null_label
+    joined = model.lay_out([1, 0], guidance=1.0, streams=lively(model, 3), mode="aggregate")
+    assert joined.stream_of.tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert joined.labels.tolist() == [1, 1, 1, 0, 0, 0, null, null]
+    several = model.lay_out([1], guidance=1.0, streams=lively(model, 3), mode="diverse")
+    assert several.stream_of.tolist() == [0, 1, 2, 0, 1, 2]
+    assert several.labels.tolist() == [1, 1, 1, null, null, null]
+
+
+def test_temperature_is_that_of_the_heads_noise(model: EnergyAR) -> None:
+    def draw(temperature: float, seed: int) -> torch.Tensor:
+        return model.generate_latents(
+            [0, 1], guidance=0, temperature=temperature, generator=seeded(seed)
+        )
+
+    assert torch.equal(draw(0.0, 1), draw(0.0, 2))  # no noise, no chance
+    spreads = [float((draw(t, 1) - draw(t, 2)).norm()) for t in (0.1, 0.5, 1.0)]
+    assert 0 < spreads[0] < spreads[1] < spreads[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"samples": 3}, {"alpha": 1.5}, {"temperature": 0.5}, {"input_noise": 0.4}],
+)
+def test_scores_are_the_heads_own(model: EnergyAR, options: dict[str, Any]) -> None:
+    labels, latents = torch.tensor([0, 2]), torch.randn(2, 4, 8, 8, generator=seeded(4))
+    found = model.scores(labels, latents, generator=seeded(5), **options)
+    generator, rest = seeded(5), dict(options)
+    noise = rest.pop("input_noise", 0.0)
+    maps = model.pyramid.teacher_input(latents, noise, generator)
+    parts = model.teach(labels, maps).split(model.pyramid.counts, dim=-2)
+    tokens = model.pyramid.encode(latents)
+    numbers = range(len(parts))
+    for level in range(model.pyramid.levels):
+        chosen = [k for k in numbers if model.pyramid.scales[k].level == level]
+        expected = model.head.scores(
+            torch.cat([parts[k] for k in chosen], dim=-2),
+            torch.cat([tokens[k] for k in chosen], dim=-2),
+            level=level,
+            generator=generator,
+            **rest,
+        )
+        assert torch.equal(torch.cat([found[k] for k in chosen], dim=-2), expected)
+    if options:
+        others = model.scores(labels, latents, generator=seeded(5))
+        assert not torch.equal(found[-1], others[-1])
+
+
 def test_two_generations_may_interleave(model: EnergyAR) -> None:
     expected = model.generate_latents([1], generator=seeded(1))
     inner: list[torch.Tensor] = []
@@ -209,6 +278,12 @@ def test_flops_equal_pytorchs_count(model: EnergyAR) -> None:
         with FlopCounterMode(display=False) as counter:
             model.generate_latents([0, 1], streams=streams, guidance=1.0)
         assert counter.get_total_flops() == sum(model.flops(2, streams=streams))
+    trained = lively(model, 3).to(torch.bfloat16)
+    for guidance in (0.0, 1.0):
+        with FlopCounterMode(display=False) as counter:
+            model.generate_latents([0, 1], streams=trained, mode="aggregate", guidance=guidance)
+        expected = model.flops(2, streams=3, prefix=3, mode="aggregate", guidance=guidance > 0)
+        assert counter.get_total_flops() == sum(expected)
 
 
 def test_every_streams_own_scores(model: EnergyAR) -> None:

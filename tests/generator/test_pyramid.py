@@ -118,3 +118,9 @@ def test_inputs_say_which_neighbours_are_drawn() -> None:
     phases = flags[sum(pyramid.counts[1:3]) :].split(4)
     assert [int(phase.sum(1).max()) for phase in phases] == [0, 4, 4, 8]
     assert not any(phase[:, 4].any() for phase in phases)
+
+
+def test_one_latent_has_no_deviation() -> None:
+    pyramid = LatentPyramid(4, 8, 4)
+    with pytest.raises(ValueError, match="at least two latents are needed, got 1"):
+        pyramid.fit(torch.zeros(1, 4, 8, 8))

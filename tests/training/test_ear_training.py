@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
@@ -28,6 +29,7 @@ from parscale_ear.training.ear import load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import EARTask
 from parscale_ear.training.loop import TrainingError, read_log
+from parscale_ear.training.picture_energy import PictureScore
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
 
@@ -163,6 +165,110 @@ def test_scales_count_alike_where_asked(recipe: EARRecipe, latents: Path) -> Non
     assert float(by_scale.detach()) == pytest.approx(np.mean(means), rel=1e-5)
     assert float(by_token.detach()) == pytest.approx(np.average(means, weights=bands), rel=1e-5)
     assert float(by_scale.detach()) != pytest.approx(float(by_token.detach()), rel=1e-3)
+
+
+class Pictures:
+    """A task of the second stage or the first, and what it was made of."""
+
+    def __init__(self, recipe: EARRecipe, folder: Path, kind: type[EARTask] = EARTask) -> None:
+        autoencoder = ParScaleEAR.from_pretrained()
+        self.store, held_out, classes = load_latents(recipe, autoencoder.latent_fingerprint())
+        channels, side = self.store.latents.shape[2:4]
+        torch.manual_seed(0)
+        config = recipe.config(classes, channels=channels, side=side)
+        self.model = EnergyAR(config).attach(autoencoder)
+        self.model.pyramid.fit(self.store.latents.flatten(0, 1))
+        world = OneProcess(torch.device("cpu"))
+        self.task = kind(self.model, self.store, held_out, recipe, folder, world)
+
+    def found(self, first: Tensor) -> list[list[int]]:
+        """Of the first token (B, 1, Z) of latents: in which entry of the store each is, and side."""
+        own = self.model.pyramid.encode(self.store.latents.flatten(0, 1))[0]
+        same = (first[:, None] - own[None]).abs().amax((2, 3)) < 1e-5  # (B, 2N)
+        assert (same.sum(1) == 1).all()
+        return [list(divmod(int(number), 2)) for number in same.int().argmax(1)]
+
+
+def test_tokens_are_scored_as_the_recipe_says(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(
+        recipe, batch=300, samples=3, alpha=1.3, train_temperature=0.7, input_noise=0.2,
+        label_dropout=0.4,
+    )  # fmt: skip
+    made = Pictures(asked, tmp_path)
+    seen: list[Any] = []
+    plain = EnergyAR.scores
+
+    def scores(self: EnergyAR, labels: Tensor, latents: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append((labels, latents, options))
+        return plain(self, labels, latents, *rest, **options)
+
+    monkeypatch.setattr(EnergyAR, "scores", scores)
+    made.task.loss(3)
+    ((labels, latents, options),) = seen
+    names = ("samples", "alpha", "temperature", "input_noise")
+    assert [options[name] for name in names] == [3, 1.3, 0.7, 0.2]
+    places = made.found(made.model.pyramid.encode(latents)[0])
+    mirrored = sum(side for _, side in places) / len(places)
+    null = made.model.transformer.null_label
+    unlabelled = float((labels == null).float().mean())
+    assert 0.4 < mirrored < 0.6  # three deviations each way
+    assert 0.31 < unlabelled < 0.49
+    for label, (number, _) in zip(labels.tolist(), places, strict=True):
+        assert label in (null, int(made.store.labels[number]))
+
+
+def test_streams_own_scores_count_beside_the_joined_ones(recipe: EARRecipe, tmp_path: Path) -> None:
+    made = Pictures(recipe, tmp_path)
+    streams = ParallelStreams.fitting(made.model.config.transformer, 2, prefix_tokens=2)
+    world = OneProcess(torch.device("cpu"))
+    task = EARTask(made.model, made.store, made.store, recipe, tmp_path, world, streams)
+    loss, figures = task.loss(0)
+    assert float(figures["each"]) > 0.1
+    own = float(loss.detach()) - float(figures["joined"])
+    assert own == pytest.approx(0.5 * float(figures["each"]), rel=1e-4)
+
+
+def test_pictures_go_on_from_real_ones_of_their_class(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(recipe, picture_pairs=6, adversarial_weight=0.0)
+    made = Pictures(asked, tmp_path, ear_tasks.PicturesTask)
+    continued: list[Any] = []
+    sizes: list[int] = []
+    plain, look = EnergyAR.draw_with_gradient, PictureScore.look
+
+    def draw(self: EnergyAR, labels: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if len(rest) > 1:
+            continued.append((labels, rest[1][0]))
+        return plain(self, labels, *rest, **options)
+
+    def spy(self: PictureScore, latents: Tensor, size: int, *rest: Any) -> Any:
+        sizes.append(size)
+        return look(self, latents, size, *rest)
+
+    monkeypatch.setattr(EnergyAR, "draw_with_gradient", draw)
+    monkeypatch.setattr(PictureScore, "look", spy)
+    for step in range(ear_tasks.LARGE_EVERY):
+        made.task.loss(step)
+    assert len(continued) == ear_tasks.LARGE_EVERY
+    drawn = set()
+    for labels, first in continued:
+        for label, (number, _) in zip(labels.tolist(), made.found(first), strict=True):
+            assert label == int(made.store.labels[number])
+            drawn.add(label)
+    assert drawn == {0, 1}
+    assert set(sizes) == {0, 1}  # Lite0 sees some pictures at its larger size
+
+
+def test_the_averaged_weights_are_what_is_kept(trained: Path) -> None:
+    for stage in ("ear", "pictures"):
+        tensors = checkpoint.load(trained / stage / "checkpoint.safetensors")[0]
+        kept = EnergyAR.load(trained / f"{stage}.safetensors").state_dict()
+        for kind, expected in (("average", True), ("model", False)):
+            same = [torch.equal(kept[name], tensors[f"{kind}.{name}"]) for name in kept]
+            assert all(same) == expected, (stage, kind)
 
 
 def test_training_learns_the_classes(recipe: EARRecipe, tmp_path: Path) -> None:
