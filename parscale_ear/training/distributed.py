@@ -117,3 +117,12 @@ def find_world(device: torch.device) -> World:
             "training in several processes needs: pip install accelerate (the extra 'train')"
         ) from error
     return AcceleratedWorld(Accelerator(cpu=device.type == "cpu"))
+
+
+def leave_world() -> None:
+    """Closes the connections to the other processes, where there are any.
+
+    Else a process may be aborted at its exit, when another one has gone first.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -245,12 +245,15 @@ def _start(arguments: argparse.Namespace) -> str | None:
 
 def _train(train: Callable[[], bool], out: Path) -> int:
     from parscale_ear.device import UsageError
+    from parscale_ear.training.distributed import leave_world
     from parscale_ear.training.loop import TrainingError
 
     try:
         finished = train()
     except TrainingError as error:
         raise UsageError(str(error)) from error
+    finally:
+        leave_world()
     if not finished:
         print("parscale-ear: stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED
