@@ -176,13 +176,17 @@ def test_other_options_do_not_mix(classes: Path, tmp_path: Path) -> None:
         LatentDataset(tmp_path / "out", fingerprint="0" * 64)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
 def test_damage_is_noticed(classes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     encode_folder(find_images([classes]), out, OPTIONS)
     shard = out / shard_name(1)
-    content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(shard)
     with pytest.raises(CheckpointError, match="shard-00001"):
         LatentDataset(out).verify()
     shard.unlink()
@@ -196,10 +200,7 @@ def test_damage_is_noticed(classes: Path, tmp_path: Path) -> None:
 def test_damaged_latents_become_no_pictures(classes: Path, tmp_path: Path) -> None:
     out, pictures = tmp_path / "out", tmp_path / "png"
     encode_folder(find_images([classes]), out, OPTIONS)
-    shard = out / shard_name(2)
-    content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(out / shard_name(2))
     with pytest.raises(CheckpointError, match="shard-00002"):
         decode_folder(out, pictures)
     counts = [entry["count"] for entry in LatentDataset(out).index["shards"]]

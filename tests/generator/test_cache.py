@@ -30,6 +30,7 @@ def test_memory_of_a_generation_is_cache_and_the_largest_of_what_comes_beside() 
         config = VARConfig(depth=16, vqvae=VQVAEConfig(width=width, groups=min(width, 32)))
         with torch.device("meta"):
             model = VAR(config).set_dtype(torch.bfloat16)
+        elsewhere = model.generation_bytes(streams=4, prefix=48)  # on no CPU
         model.transformer.positions = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
         cache = 2 * 16 * 8 * (680 + 48) * 1024 * 2  # keys and values of 8 rows: 4 streams, guided
         parts = {
@@ -39,6 +40,8 @@ def test_memory_of_a_generation_is_cache_and_the_largest_of_what_comes_beside() 
         }
         assert max(parts, key=lambda name: parts[name]) == largest
         assert model.generation_bytes(streams=4, prefix=48) == cache + parts[largest]
+        blocks = cache + max(parts["blocks"], parts["sampling"])
+        assert elsewhere == max(blocks, 4 * parts["decoder"])
 
 
 def test_cache_refuses_what_does_not_fit(var: VAR) -> None:

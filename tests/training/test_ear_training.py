@@ -151,24 +151,8 @@ def test_pairs_take_part_where_there_are_some(
     assert any(not torch.equal(found[0][name], found[2][name]) for name in names)
 
 
-def test_scales_count_alike_where_asked(recipe: EARRecipe, latents: Path) -> None:
-    autoencoder = ParScaleEAR.from_pretrained()
-    store, held_out, classes = load_latents(recipe, autoencoder.latent_fingerprint())
-    channels, side = store.latents.shape[2:4]
-    model = EnergyAR(recipe.config(classes, channels=channels, side=side)).attach(autoencoder)
-    world = OneProcess(torch.device("cpu"))
-    task = EARTask(model, store, held_out, recipe, Path(), world)
-    by_token, figures = task.tokens_loss(0, 4)
-    by_scale, _ = task.tokens_loss(0, 4, by_scale=True)
-    means = [float(figures[f"scale{k}"]) for k in range(len(figures))]
-    bands = [1 if scale.level == 0 else 3 * len(scale.cells) for scale in model.pyramid.scales]
-    assert float(by_scale.detach()) == pytest.approx(np.mean(means), rel=1e-5)
-    assert float(by_token.detach()) == pytest.approx(np.average(means, weights=bands), rel=1e-5)
-    assert float(by_scale.detach()) != pytest.approx(float(by_token.detach()), rel=1e-3)
-
-
-class Pictures:
-    """A task of the second stage or the first, and what it was made of."""
+class Made:
+    """A fresh generator and its task, on all latents."""
 
     def __init__(self, recipe: EARRecipe, folder: Path, kind: type[EARTask] = EARTask) -> None:
         autoencoder = ParScaleEAR.from_pretrained()
@@ -189,6 +173,18 @@ class Pictures:
         return [list(divmod(int(number), 2)) for number in same.int().argmax(1)]
 
 
+def test_scales_count_alike_where_asked(recipe: EARRecipe, tmp_path: Path) -> None:
+    made = Made(recipe, tmp_path)
+    task, model = made.task, made.model
+    by_token, figures = task.tokens_loss(0, 4)
+    by_scale, _ = task.tokens_loss(0, 4, by_scale=True)
+    means = [float(figures[f"scale{k}"]) for k in range(len(figures))]
+    bands = [1 if scale.level == 0 else 3 * len(scale.cells) for scale in model.pyramid.scales]
+    assert float(by_scale.detach()) == pytest.approx(np.mean(means), rel=1e-5)
+    assert float(by_token.detach()) == pytest.approx(np.average(means, weights=bands), rel=1e-5)
+    assert float(by_scale.detach()) != pytest.approx(float(by_token.detach()), rel=1e-3)
+
+
 def test_tokens_are_scored_as_the_recipe_says(
     recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +192,7 @@ def test_tokens_are_scored_as_the_recipe_says(
         recipe, batch=300, samples=3, alpha=1.3, train_temperature=0.7, input_noise=0.2,
         label_dropout=0.4,
     )  # fmt: skip
-    made = Pictures(asked, tmp_path)
+    made = Made(asked, tmp_path)
     seen: list[Any] = []
     plain = EnergyAR.scores
 
@@ -220,7 +216,7 @@ def test_tokens_are_scored_as_the_recipe_says(
 
 
 def test_streams_own_scores_count_beside_the_joined_ones(recipe: EARRecipe, tmp_path: Path) -> None:
-    made = Pictures(recipe, tmp_path)
+    made = Made(recipe, tmp_path)
     streams = ParallelStreams.fitting(made.model.config.transformer, 2, prefix_tokens=2)
     world = OneProcess(torch.device("cpu"))
     task = EARTask(made.model, made.store, made.store, recipe, tmp_path, world, streams)
@@ -234,7 +230,7 @@ def test_pictures_go_on_from_real_ones_of_their_class(
     recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = replace(recipe, picture_pairs=6, adversarial_weight=0.0)
-    made = Pictures(asked, tmp_path, ear_tasks.PicturesTask)
+    made = Made(asked, tmp_path, ear_tasks.PicturesTask)
     continued: list[Any] = []
     sizes: list[int] = []
     plain, look = EnergyAR.draw_with_gradient, PictureScore.look
