@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from parscale_ear.data.images import ImageError, ImageRef, from_uint8
+from parscale_ear.data.images import ImageError, ImageRef, from_uint8, to_grey
 
 MAX_TRIES = 1000
 SCANNERS = 8  # threads that open pictures for their sizes; they mostly wait for the disk
@@ -46,7 +46,8 @@ class RandomCrops:
     """Square crops of a set of pictures; a picture is drawn the more often the larger it is.
 
     Half of the crops are taken at the pictures' own scale; the other half is up to
-    ``max_reduction`` times larger and reduced by Lanczos. Half are mirrored.
+    ``max_reduction`` times larger and reduced by Lanczos. Half are mirrored; ``grey_share`` of them
+    are turned to grey, as colour photographs alone teach nothing about those without.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RandomCrops:
         side: int,
         seed: int = 0,
         max_reduction: float = 1.4,
+        grey_share: float = 0.0,
         cache_gib: float = 2.0,
         sizes: Sizes | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class RandomCrops:
             side: of the crops, in pixels.
             seed: of every random choice.
             max_reduction: the largest factor by which a crop is reduced.
+            grey_share: probability that a crop is turned to grey.
             cache_gib: memory for decoded pictures, GiB; those beyond it are decoded every time.
             sizes: of ``refs``, by :func:`scan_sizes`; None: they are read now.
 
@@ -73,6 +76,7 @@ class RandomCrops:
             ImageError: no picture is left.
         """
         self.side, self.seed, self.max_reduction = side, seed, max_reduction
+        self.grey_share = grey_share
         self.refs: list[ImageRef] = []
         self.skipped: dict[str, str] = {}  # name of a picture → why it is not used
         self.damaged: set[str] = set()  # names of pictures that cannot be read
@@ -148,7 +152,7 @@ class RandomCrops:
 
     def _crop(self, pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]
-        reduce, factor, across, down, mirror = rng.random(5)
+        reduce, factor, across, down, mirror, grey = rng.random(6)
         window = self.side
         if reduce < 0.5:
             largest = min(self.max_reduction, min(height, width) / self.side)
@@ -158,4 +162,6 @@ class RandomCrops:
         if window != self.side:
             resized = Image.fromarray(crop).resize((self.side, self.side), Image.Resampling.LANCZOS)
             crop = np.asarray(resized)
+        if grey < self.grey_share:
+            crop = to_grey(crop)
         return crop[:, ::-1] if mirror < 0.5 else crop

@@ -27,6 +27,7 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff
 # Files in folders that may hold pictures too: they are passed over, with a warning.
 UNREAD = frozenset({".gz", ".tgz", ".zip", ".7z", ".gif", ".avif", ".heic", ".jxl"})
 LONGEST = 8  # times its short side, up to which a picture is resized as a whole
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue; ITU-R BT.601
 HEADER_BYTES = 2**16  # of a file in an archive: enough for most formats to tell the size
 
 
@@ -310,6 +311,12 @@ def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W), in [−1, 1] or 8-bit → Pillow RGB."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def to_grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """8-bit RGB, (..., 3) → the same shape, with the luma (ITU-R BT.601) in every channel."""
+    luma = (pixels @ LUMA).round().astype(np.uint8)
+    return np.repeat(luma[..., None], 3, axis=-1)
 
 
 def save_png(image: Tensor | Image.Image, path: str | os.PathLike[str]) -> None:

@@ -162,6 +162,26 @@ def cell_pattern(
     return np.asarray(cells.mean((0, 2, 4)).numpy())
 
 
+def chroma(pictures: Tensor) -> NDArray[np.float64]:
+    """How much colour is in a picture: its highest less its lowest channel, mean over pixels.
+
+    The chroma of HSV (Smith, "Color Gamut Transform Pairs", 1978). Of the reconstruction of a grey
+    picture it is false colour.
+
+    Args:
+        pictures: (N, 3, H, W), 8-bit.
+
+    Returns:
+        (N,), levels of 255; 0 for a grey picture.
+
+    Raises:
+        ValueError: shape or dtype differ from that.
+    """
+    _check(pictures, pictures)
+    spread = pictures.amax(1) - pictures.amin(1)  # (N, H, W), at most 255: no wrap
+    return np.asarray(spread.double().mean((1, 2)).numpy())
+
+
 def similarities(pictures: Tensor, references: Tensor) -> dict[str, NDArray[np.float64]]:
     """All of them by name, a figure a picture; PSNR at most 100 dB, MS-SSIM NaN where too small."""
     large = min(pictures.shape[-2:]) >= MS_SSIM_SIDE

@@ -83,7 +83,14 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     cache_gib = CACHE_GIB / world.size / max(1, len(sides))
     sizes = scan_sizes(training) if sides else []
     sources = {
-        side: RandomCrops(training, side=side, seed=recipe.seed, cache_gib=cache_gib, sizes=sizes)
+        side: RandomCrops(
+            training,
+            side=side,
+            seed=recipe.seed,
+            grey_share=recipe.grey_share,
+            cache_gib=cache_gib,
+            sizes=sizes,
+        )
         for side in sorted(sides)
     }
     if "sharp" in stages:
@@ -232,6 +239,7 @@ def _facts(
             for name in LOSSES[stage]
             if getattr(recipe, f"{name}_weight")
         },
+        "grey_share": recipe.grey_share,
         "latent_noise": 0.0 if stage == "sharp" else recipe.latent_noise,
         "precision": recipe.precision,
         "seed": recipe.seed,

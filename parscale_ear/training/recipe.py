@@ -46,6 +46,7 @@ class Recipe:
     learning_rate: float = 1e-3  # peak in stage vae
     final_rate: float = 5e-4  # last in stage vae, peak in the other stages
     kl_weight: float = 1e-4  # of the mean KL an element, in nats
+    grey_share: float = 0.0  # of the crops, which are turned to grey
     latent_noise: float = 0.0  # largest σ of noise on the normalised latent, drawn a picture
     ssim_weight: float = 0.05  # of 1 − SSIM in the stages hybrid and baseline
     feature_weight: float = 0.3  # of the feature loss in stage sharp
@@ -91,6 +92,8 @@ class Recipe:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.grey_share <= 1:
+            raise ValueError(f"grey_share must be in [0, 1], got {self.grey_share}")
         self.loop(self.stages[0])  # checks the length
 
     def loop(self, stage: str) -> LoopConfig:

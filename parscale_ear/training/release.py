@@ -25,10 +25,10 @@ from tqdm import tqdm
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
-from parscale_ear.data.images import find_images, from_uint8, load_squares
+from parscale_ear.data.images import find_images, from_uint8, load_squares, to_grey
 from parscale_ear.metrics.features import FeatureChoice, FeatureExtractor, load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
-from parscale_ear.metrics.reconstruction import cell_pattern, similarities
+from parscale_ear.metrics.reconstruction import cell_pattern, chroma, similarities
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import SHARP_KEEPS, named_release
@@ -63,18 +63,23 @@ def measure(
     """Mean similarities over 8-bit pictures, (N, 3, 256, 256), and the distance to them.
 
     Beside them the checkerboard in the error (:func:`cell_pattern`), highest less lowest position, in
-    levels: everywhere, and where a picture is flat.
+    levels: everywhere, and where a picture is flat; and the colour of the same pictures when they are
+    given in grey, levels too (:func:`chroma`).
 
     ``originals``: what the extractor sees of them, (N, D).
     """
     with tqdm(total=len(pictures), desc=name) as bar:
         restored = reconstruct_pictures(model, pictures, progress=bar.update)
+    grey = torch.from_numpy(to_grey(pictures.movedim(1, 3).numpy())).movedim(3, 1)
+    with tqdm(total=len(pictures), desc=f"{name}, in grey") as bar:
+        greys = reconstruct_pictures(model, grey, progress=bar.update)
     return {
         **{k: round(float(v.mean()), 4) for k, v in similarities(restored, pictures).items()},
         "distance": round(frechet_distance(look(extractor, restored), originals), 2),
         "distance_name": extractor.distance,
         "pattern": _height(cell_pattern(restored, pictures)),
         "pattern_flat": _height(cell_pattern(restored, pictures, most_varied=FLAT)),
+        "grey_chroma": round(float(chroma(greys).mean()), 3),
     }
 
 
@@ -195,6 +200,7 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             "FP16. A distance between so few pictures compares models on them, and nothing else. "
             "Pattern: the mean error at each of 4×4 positions, highest less lowest, in levels of 255: "
             f"everywhere, and in flat blocks (16×16 pixels of a deviation below {FLAT:g} levels).",
+            *_grey_lines(facts),
             *(_latent_lines(first["latent"]) if "latent" in first else ()),
             "",
             "Every stage goes on from the one above it, baseline and the first sharp one from hybrid:",
@@ -208,12 +214,15 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
         newest = max((named_release(stage)[1] for stage in stages), key=_order)
         for stage in stages:
             weights = ", ".join(f"{k} {v:g}" for k, v in stage["loss_weights"].items())
+            crops = f"{stage['crops']} of {stage['side']}×{stage['side']}"
+            if stage.get("grey_share"):
+                crops += f", {100 * stage['grey_share']:g} % grey"
             name, release = named_release(stage)
             earlier = "" if release == newest else f" ({release})"
             lines.append(
                 f"| {name}{earlier} | {stage['trains']} | {stage['pictures']:,} "
                 f"| {stage['steps']:,} "
-                f"| {stage['minutes']:g} | {stage['crops']} of {stage['side']}×{stage['side']} "
+                f"| {stage['minutes']:g} | {crops} "
                 f"| {stage['rate']:g} | {weights or '—'} |"
             )
         last = [stage for stage in stages if named_release(stage)[1] == newest][-1]
@@ -227,6 +236,18 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _order(release: str) -> tuple[int, ...]:
     return tuple(map(int, release.split(".")))
+
+
+def _grey_lines(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    found = {NAMES[name]: row["validation"].get("grey_chroma") for name, row in facts.items()}
+    if None in found.values():
+        return []  # weights of 0.8 do not say
+    each = ", ".join(f"{label} {value:.1f}" for label, value in found.items())
+    return [
+        "",
+        "False colour when the same pictures are given in grey, highest less lowest channel, mean over "
+        f"pixels, in levels of 255: {each}.",
+    ]
 
 
 def _latent_lines(latent: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ AUTOENCODER = {
     "learning_rate": "peak",
     "final_rate": "after the first stage",
     "kl_weight": "of the mean KL an element",
+    "grey_share": "of the crops, which are turned to grey",
     "latent_noise": "largest σ in training",
     "ssim_weight": "after the first stage",
     "feature_weight": "of the sharp decoder",

@@ -27,6 +27,19 @@ def test_range_and_shape(folder_of_pictures: Path) -> None:
     assert 0.9 < batch.max() <= 1
 
 
+def test_grey_crops_are_the_same_crops_without_colour(folder_of_pictures: Path) -> None:
+    refs = find_images([folder_of_pictures])
+    coloured = RandomCrops(refs, side=32).batch(0, 64)
+    some = RandomCrops(refs, side=32, grey_share=0.25).batch(0, 64)
+    grey = RandomCrops(refs, side=32, grey_share=1.0).batch(0, 64)
+    luma = (coloured * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    assert (grey - luma).abs().max() <= 1.01 / 127.5  # a level, for rounding
+    turned = [torch.equal(s, g) for s, g in zip(some, grey, strict=True)]
+    kept = [torch.equal(s, c) for s, c in zip(some, coloured, strict=True)]
+    assert all(t != k for t, k in zip(turned, kept, strict=True))
+    assert 6 <= sum(turned) <= 26  # 16 expected, deviation 3.5
+
+
 def test_large_pictures_are_drawn_more_often(folder_of_pictures: Path) -> None:
     refs = find_images([folder_of_pictures])
     cumulative = RandomCrops(refs, side=96)._cumulative

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from parscale_ear.metrics.reconstruction import cell_pattern, haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.metrics.reconstruction import cell_pattern, chroma, haarpsi, ms_ssim, psnr, ssim
 
 
 @pytest.fixture
@@ -82,6 +82,15 @@ def test_a_pattern_of_cells_is_found(photographs: torch.Tensor) -> None:
     assert np.isnan(cell_pattern(damaged, originals, most_varied=0)).all()
     with pytest.raises(ValueError, match="divisor of 16"):
         cell_pattern(damaged, originals, side=3)
+
+
+def test_chroma_is_the_spread_of_the_channels() -> None:
+    pictures = torch.full((2, 3, 4, 5), 250, dtype=torch.uint8)
+    pictures[1, 0, :2] = 240
+    pictures[1, 2, 2:] = 0  # beyond what 8 bits with a sign can tell
+    np.testing.assert_array_equal(chroma(pictures), [0, (10 + 250) / 2])
+    with pytest.raises(ValueError, match="8-bit"):
+        chroma(pictures.float())
 
 
 def test_ms_ssim_needs_room_for_five_scales(photographs: torch.Tensor) -> None:

@@ -53,6 +53,7 @@ def test_stages_are_labelled_by_their_release(
             recipe = Recipe(
                 images=(str(run.parent),), start=str(tmp_path / "first" / "hybrid.safetensors"),
                 minutes=None, steps=4, batch=1, crop=32, final_crop=32, precision="fp32",
+                grey_share=0.25,
             )  # fmt: skip
             assert train_autoencoder(recipe, tmp_path / "run")
         monkeypatch.setattr(release, "__version__", version)
@@ -62,6 +63,9 @@ def test_stages_are_labelled_by_their_release(
     assert "(0." not in first
     rows = [line.split(" | ")[0] for line in second.splitlines() if " trained " not in line]
     labels = [row for row in rows if row.startswith(("| vae", "| hybrid", "| sharp", "| base"))]
+    assert ["25 % grey" in row for row in second.splitlines() if "| 1 of 32×32" in row] == [
+        "(0.7)" not in label for label in labels
+    ]
     assert labels == ["| vae (0.7)", "| hybrid (0.7)", "| vae", "| hybrid", "| sharp", "| baseline"]
 
 
@@ -130,6 +134,12 @@ def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> 
         laws = [load_extractor("efficientnet-lite1")[0](x).numpy() for x in (restored, squares)]
         assert figures["distance"] == pytest.approx(frechet_distance(*laws), rel=1e-3)
         assert figures["distance_name"] == "FD-EfficientNetLite1"
+        luma = (squares * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        greys = reconstruct_pictures(model, luma.round().to(torch.uint8).expand(-1, 3, -1, -1))
+        spread = (greys.amax(1) - greys.amin(1)).double().mean().item()
+        assert figures["grey_chroma"] == pytest.approx(spread, abs=6e-4)
+        assert spread > 0.1
+        assert f"{label} {spread:.1f}" in card.split("given in grey")[1].splitlines()[0]
     stages = [stage["stage"] for stage in header["training"]["history"]]
     assert stages == ["vae", "hybrid", "baseline"]
     for stage in ("vae", "hybrid", "baseline", "sharp"):

@@ -267,6 +267,24 @@ def test_batches_prepared_ahead_are_the_same(folder_of_pictures: Path) -> None:
         assert torch.equal(ahead.batch(step), crops.batch(step, 3, 2))
 
 
+def test_it_trains_on_as_many_grey_crops_as_asked(
+    folder_of_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    batch = CropsAhead.batch
+
+    def watched(self: CropsAhead, step: int) -> torch.Tensor:
+        seen.append(batch(self, step))
+        return seen[-1]
+
+    monkeypatch.setattr(CropsAhead, "batch", watched)
+    asked = recipe(folder_of_pictures, steps=25, grey_share=0.5)
+    assert train_autoencoder(asked, tmp_path / "run")
+    crops = torch.cat([part.flatten(2)[..., :256] for part in seen])
+    share = (crops.amax(1) == crops.amin(1)).all(1).float().mean().item()
+    assert abs(share - 0.5) < 4 * 0.5 / len(crops) ** 0.5
+
+
 def test_a_process_takes_its_stretch_of_a_batch(folder_of_pictures: Path) -> None:
     crops = RandomCrops(find_images([folder_of_pictures]), side=32)
     whole = crops.batch(5, 6)
@@ -419,6 +437,8 @@ def test_stages_that_cannot_be_run(tmp_path: Path, changes: dict[str, object], s
         {"seed": -1},
         {"adversarial_weight": float("nan")},
         {"latent_noise": -0.1},
+        {"grey_share": -0.1},
+        {"grey_share": 1.5},
         {"pattern_weight": -1.0},
         {"precision": "float32"},
     ],
