@@ -95,6 +95,8 @@ class TestReconstruct:
         assert main(["reconstruct", str(own), "--out", str(tmp_path)]) == 2
         assert "would overwrite" in capsys.readouterr().err
         assert own.read_bytes() == photo.read_bytes()
+        assert main(["reconstruct", str(photo), str(tmp_path / "."), "--out", str(tmp_path)]) == 2
+        assert "holds the pictures" in capsys.readouterr().err
         (tmp_path / "a_compare.png").write_bytes(photo.read_bytes())
         out = ["--out", str(tmp_path / "out"), "--compare"]
         assert main(["reconstruct", str(tmp_path), *out]) == 2
@@ -114,6 +116,7 @@ class TestTrain:
             (["nothing"], "no such file or folder"),
             ([str(folder_of_pictures), "--crop", "50"], "crop must be a multiple of 16"),
             ([str(folder_of_pictures), "--minutes", "-1"], "above 0"),
+            ([str(folder_of_pictures), "--seed", str(2**63)], "below 2^63"),
             ([str(folder_of_pictures), "--start", "nothing"], "no such weight file"),
             ([str(folder_of_pictures), "--adversarial-weight", "-1"], "adversarial_weight must"),
             ([str(folder_of_pictures), "--crop", "512", "--steps", "5"], "none of the"),
@@ -122,6 +125,7 @@ class TestTrain:
             error = capsys.readouterr().err.strip().splitlines()[-1]
             assert message in error
             assert error.startswith("parscale-ear: ")
+            assert not (tmp_path / "run").exists()
 
     def test_a_failed_start_can_be_repeated(
         self, folder_of_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training.loop import LoopConfig, Optimizer, Precision
+from parscale_ear.training.loop import LoopConfig, Optimizer, Precision, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,10 @@ class EARRecipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name, least in (("batch", 1), ("stream_steps", 1), ("samples", 2), ("seed", 0)):
+        for name, least in (("batch", 1), ("stream_steps", 1), ("samples", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_seed(self.seed)
         if any(count < 1 for count in self.streams):
             raise ValueError(f"streams must be at least 1, got {self.streams}")
         if not 0 <= self.label_dropout < 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VARConfig
 from parscale_ear.generator.vqvae import VQVAEConfig
-from parscale_ear.training.loop import LoopConfig, Precision
+from parscale_ear.training.loop import LoopConfig, Precision, check_seed
 
 TOKENIZER_SHARE = 0.35  # of the time of tokenizer and VAR together
 
@@ -45,9 +45,10 @@ class VARRecipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name, least in (("batch", 1), ("stream_steps", 1), ("side", 1), ("seed", 0)):
+        for name, least in (("batch", 1), ("stream_steps", 1), ("side", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_seed(self.seed)
         if not self.sides or min(self.sides) < 1:
             raise ValueError(f"sides must be positive and grow, got {self.sides}")
         if any(count < 1 for count in self.streams):

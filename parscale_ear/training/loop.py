@@ -120,6 +120,16 @@ class Progress:
         return min(1.0, self.seconds / (60 * config.minutes))
 
 
+def check_seed(seed: int) -> None:
+    """What PyTorch's generators take on every device.
+
+    Raises:
+        ValueError: ``seed`` is out of range.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+
+
 def learning_rate(config: LoopConfig, progress: Progress) -> float:
     """Linear warm-up, then a cosine from the peak to ``final_rate`` of it."""
     warmup = min(1.0, (progress.step + 1) / config.warmup_steps)

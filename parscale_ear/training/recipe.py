@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parscale_ear.training.loop import LoopConfig, Precision
+from parscale_ear.training.loop import LoopConfig, Precision, check_seed
 
 STAGES = ("vae", "hybrid", "baseline", "sharp")
 SHARES = {"vae": 0.6, "hybrid": 0.2, "baseline": 0.08, "sharp": 0.12}  # of the whole time
@@ -79,7 +79,7 @@ class Recipe:
             value = getattr(self, name)
             if value < 16 or value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
-        for name, least in (("batch", 1), ("seed", 0), ("steps", 1), ("workers", 0)):
+        for name, least in (("batch", 1), ("steps", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -94,6 +94,7 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.grey_share <= 1:
             raise ValueError(f"grey_share must be in [0, 1], got {self.grey_share}")
+        check_seed(self.seed)
         self.loop(self.stages[0])  # checks the length
 
     def loop(self, stage: str) -> LoopConfig:

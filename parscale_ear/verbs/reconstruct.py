@@ -39,6 +39,10 @@ def _run(arguments: argparse.Namespace) -> int:
     refs = pictures.find_images(arguments.images)
     if arguments.out.exists() and not arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out} is a file; name a folder")
+    if any(Path(searched).resolve() == arguments.out.resolve() for searched in arguments.images):
+        raise UsageError(
+            f"--out {arguments.out} holds the pictures themselves; name another folder"
+        )
     names = pictures.output_names(refs)
     endings = (".png", "_compare.png") if arguments.compare else (".png",)
     results = [(arguments.out / f"{name}{end}").resolve() for name in names for end in endings]

@@ -467,6 +467,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"class_weight": -1.0}, "class_weight"),
         ({"picture_minutes": 1.0}, "either picture_minutes or picture_steps"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
         (
             {"minutes": 0, "steps": None, "start": "x", "streams": (), "picture_steps": 0},
             "nothing to train",

@@ -293,6 +293,7 @@ def test_slope_and_differences() -> None:
         (["--sides", "2", "1", "4"], "sides must be positive"),
         (["--prefix-tokens", "-1"], "prefix_tokens must be at least 0"),
         (["--seed", "-1"], "seed must be at least 0"),
+        (["--seed", str(2**63)], "below 2^63"),
         (["--vocabulary", "0"], "vocabulary must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--streams", "0"], "streams must be at least 1"),
