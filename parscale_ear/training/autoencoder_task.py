@@ -20,7 +20,7 @@ from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
-from parscale_ear.training.losses import log_mse_loss, pattern_loss, ssim_loss
+from parscale_ear.training.losses import chroma_loss, log_mse_loss, pattern_loss, ssim_loss
 from parscale_ear.training.perceptual import Critic, FeatureLoss
 from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
 
@@ -89,7 +89,7 @@ class AutoencoderTask:
         return loss, parts
 
     def _sharp_loss(self, step: int, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels, features, the critic's verdict, and what all cells have in common."""
+        """Pixels, features, the critic's verdict, what all cells have in common, and colour."""
         with torch.no_grad():
             latent = self.model.enhance(self.model.encode(images).mode())
         restored = self.model.decode(latent)
@@ -112,6 +112,10 @@ class AutoencoderTask:
             pattern = pattern_loss(restored, images)
             loss = loss + self.recipe.pattern_weight * pattern
             parts["pattern_levels"] = 127.5 * pattern.detach().sqrt()
+        if self.recipe.chroma_weight:
+            chroma = chroma_loss(restored, images)
+            loss = loss + self.recipe.chroma_weight * chroma
+            parts["chroma_levels"] = 127.5 * chroma.detach().sqrt()
         return loss, {
             "reconstruction": reconstruction.detach(),
             "features": features.detach(),

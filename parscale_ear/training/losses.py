@@ -92,3 +92,16 @@ def pattern_loss(output: Tensor, target: Tensor) -> Tensor:
     cells = torch.take_along_dim(cells, order[:, :, None, None, None], dim=1)
     groups = cells.chunk(_PATTERN_GROUPS, dim=1)
     return torch.stack([group.mean(1).square().mean() for group in groups]).mean()
+
+
+def chroma_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of colours less their grey; a scalar, in FP32.
+
+    Losses of features and of a critic let a decoder tint grey texture; the eye does not.
+
+    Args:
+        output: (B, 3, H, W), not clamped.
+        target: (B, 3, H, W) in [−1, 1].
+    """
+    error = output.float() - target.float()
+    return (error - error.mean(1, keepdim=True)).square().mean()

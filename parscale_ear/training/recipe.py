@@ -24,7 +24,7 @@ LOSSES = {  # weighted terms beside the log MSE
     "vae": ("kl",),
     "hybrid": ("kl", "ssim"),
     "baseline": ("ssim",),
-    "sharp": ("feature", "adversarial", "pattern"),
+    "sharp": ("feature", "adversarial", "pattern", "chroma"),
 }
 
 
@@ -52,6 +52,7 @@ class Recipe:
     feature_weight: float = 0.3  # of the feature loss in stage sharp
     adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
     pattern_weight: float = 5000.0  # of the error that all 8×8 cells share, in stage sharp
+    chroma_weight: float = 0.0  # of the squared error of colours less their grey, in stage sharp
     seed: int = 0  # of weights, crops and noise
     workers: int = 0  # threads that prepare crops ahead; 0: none
     precision: Precision = "bf16"  # autocast dtype
@@ -88,7 +89,7 @@ class Recipe:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
             *("kl_weight", "ssim_weight", "feature_weight", "adversarial_weight"),
-            *("pattern_weight", "latent_noise"),
+            *("pattern_weight", "chroma_weight", "latent_noise"),
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

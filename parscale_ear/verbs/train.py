@@ -28,6 +28,7 @@ AUTOENCODER = {
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",
     "pattern_weight": "of the error that all 8x8 cells share, likewise",
+    "chroma_weight": "of the error of colours less their grey, likewise",
     "workers": "threads that prepare crops ahead",
     "seed": "of weights, crops and noise",
 }

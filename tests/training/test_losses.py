@@ -7,7 +7,7 @@ import torch
 
 from parscale_ear.data.images import from_uint8
 from parscale_ear.metrics.reconstruction import ssim
-from parscale_ear.training.losses import log_mse_loss, pattern_loss, ssim_loss
+from parscale_ear.training.losses import chroma_loss, log_mse_loss, pattern_loss, ssim_loss
 
 
 def test_log_mse_follows_psnr() -> None:
@@ -49,3 +49,13 @@ def test_pattern_loss_is_of_what_all_cells_share() -> None:
     )
     both = pattern_loss(target + board * torch.tensor([1.0, 2.0])[:, None, None, None], target)
     torch.testing.assert_close(both, (one + two) / 2)  # as many processes would have it
+
+
+def test_chroma_loss_is_of_colour_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.rand(2, 3, 16, 16, generator=generator) - 0.5
+    lighter = target + torch.rand(2, 1, 16, 16, generator=generator)
+    assert chroma_loss(lighter, target).item() < 1e-12
+    tint = torch.tensor([0.2, 0.0, -0.1])[:, None, None]
+    expected = ((0.2 - 0.1 / 3) ** 2 + (0.1 / 3) ** 2 + (0.1 + 0.1 / 3) ** 2) / 3
+    assert chroma_loss(lighter + tint, target).item() == pytest.approx(expected, rel=1e-4)

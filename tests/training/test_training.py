@@ -246,6 +246,26 @@ def test_latent_noise_has_the_strength_asked_for(
     assert abs(strengths.mean() - 0.2) < 0.02
 
 
+def test_the_sharp_stage_is_held_to_colours(
+    tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=64)
+    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    world = OneProcess(torch.device("cpu"))
+
+    def measured(weight: float) -> tuple[float, dict[str, Tensor]]:
+        torch.manual_seed(0)  # of the critic
+        asked = recipe(tmp_path, chroma_weight=weight)
+        loss, parts = AutoencoderTask("sharp", tiny, crops, asked, shown, tmp_path, world).loss(3)
+        return loss.item(), parts
+
+    (without, parts), (held, told) = measured(0.0), measured(50.0)
+    assert "chroma_levels" not in parts
+    squared = (told["chroma_levels"].item() / 127.5) ** 2
+    assert squared > 1e-3
+    assert held - without == pytest.approx(50 * squared, rel=1e-4)
+
+
 def test_it_starts_from_given_weights(folder_of_pictures: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train_autoencoder(recipe(folder_of_pictures, steps=5), first)
@@ -440,6 +460,7 @@ def test_stages_that_cannot_be_run(tmp_path: Path, changes: dict[str, object], s
         {"grey_share": -0.1},
         {"grey_share": 1.5},
         {"pattern_weight": -1.0},
+        {"chroma_weight": -1.0},
         {"precision": "float32"},
     ],
 )
