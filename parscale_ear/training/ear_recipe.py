@@ -47,6 +47,7 @@ class EARRecipe:
     alpha: float = 1.0  # exponent of the energy score
     samples: int = 2  # draws of every token
     train_temperature: float = 1.0  # weight of the draws' distance from each other
+    latent_noise: float = 0.0  # deviation of noise on the latents whose tokens are scored
     input_noise: float = 0.0  # largest deviation of noise on what is known
     label_dropout: float = 0.1  # share of labels left out, for guidance
     seed: int = 0  # of weights, order and noise
@@ -71,8 +72,8 @@ class EARRecipe:
             raise ValueError(f"alpha must be in (0, 2], got {self.alpha}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 < self.train_temperature <= 1 or not self.input_noise >= 0:
-            raise ValueError("train_temperature must be in (0, 1] and input_noise at least 0")
+        if not 0 < self.train_temperature <= 1:
+            raise ValueError(f"train_temperature must be in (0, 1], got {self.train_temperature}")
         if self.picture_minutes < 0 or self.picture_steps < 0:
             raise ValueError("picture_minutes and picture_steps must be at least 0")
         for name, least in (("picture_classes", 1), ("picture_draws", 2), ("picture_batch", 1)):
@@ -81,7 +82,10 @@ class EARRecipe:
         for name in ("picture_rate", "critic_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("adversarial_weight", "class_weight", "picture_pairs"):
+        for name in (
+            *("adversarial_weight", "class_weight", "picture_pairs", "latent_noise"),
+            "input_noise",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.minutes == 0 and self.start is None:

@@ -118,6 +118,9 @@ class EARTask(Stateless):
         drawn = draw(step, len(self.store), replace(recipe, batch=batch), self.world)
         side = drawn.mirrored.long() % self.store.latents.shape[1]
         latents = self.store.latents[drawn.numbers, side].to(device)
+        if recipe.latent_noise:
+            noise = torch.randn(latents.shape, generator=self.random(step, 3), device=device)
+            latents = latents + recipe.latent_noise * noise
         labels = self.store.labels[drawn.numbers].clone()
         labels[drawn.unlabelled] = self.generator.transformer.null_label
         scores = self.generator.scores(

@@ -77,6 +77,7 @@ EAR = {
     "alpha": "exponent of the energy score",
     "samples": "draws of every token",
     "train_temperature": "weight of the draws' distance from each other",
+    "latent_noise": "σ of noise on the latents whose tokens are scored",
     "input_noise": "largest σ of noise on what is known",
     "label_dropout": "share of labels left out",
     "seed": "of weights, order and noise",

@@ -215,6 +215,30 @@ def test_tokens_are_scored_as_the_recipe_says(
         assert label in (null, int(made.store.labels[number]))
 
 
+def test_scored_latents_have_the_noise_asked_for(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    plain = EnergyAR.scores
+
+    def scores(self: EnergyAR, labels: Tensor, latents: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.append(latents)
+        return plain(self, labels, latents, *rest, **options)
+
+    monkeypatch.setattr(EnergyAR, "scores", scores)
+    made = Made(recipe, tmp_path)
+    noisy = Made(replace(recipe, latent_noise=0.3), tmp_path).task
+    for task, step in ((made.task, 3), (noisy, 3), (noisy, 3), (noisy, 4), (made.task, 4)):
+        task.tokens_loss(step, 200)
+    clean, first, again, second, clean_second = seen
+    assert torch.equal(first, again)
+    noise = first - clean
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.03)
+    assert abs(float(noise.mean())) < 0.02
+    other = second - clean_second
+    assert abs(float((noise * other).mean())) < 0.01
+
+
 def test_streams_own_scores_count_beside_the_joined_ones(recipe: EARRecipe, tmp_path: Path) -> None:
     made = Made(recipe, tmp_path)
     streams = ParallelStreams.fitting(made.model.config.transformer, 2, prefix_tokens=2)
@@ -466,6 +490,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"critic_rate": 0.0}, "critic_rate"),
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"class_weight": -1.0}, "class_weight"),
+        ({"latent_noise": -0.1}, "latent_noise"),
         ({"picture_minutes": 1.0}, "either picture_minutes or picture_steps"),
         ({"seed": 2**63}, "seed must be at least 0 and below"),
         (
