@@ -214,13 +214,18 @@ def test_the_recipe_gives_three_decoders_on_one_latent(
     assert train_autoencoder(recipe(folder_of_pictures, steps=25), out, resume=True)  # nothing left
 
 
+def task_of(
+    stage: str, model: ParScaleEAR, folder: Path, asked: Recipe, out: Path
+) -> AutoencoderTask:
+    crops = RandomCrops(find_images([folder]), side=asked.crops(stage)[0])
+    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    return AutoencoderTask(stage, model, crops, asked, shown, out, OneProcess(torch.device("cpu")))
+
+
 def test_running_statistics_find_mean_and_deviation(
     tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
 ) -> None:
-    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
-    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    world = OneProcess(torch.device("cpu"))
-    task = AutoencoderTask("vae", tiny, crops, recipe(tmp_path), shown, tmp_path, world)
+    task = task_of("vae", tiny, folder_of_pictures, recipe(tmp_path), tmp_path)
     mean = torch.tensor([3.0, 0.0, -1.0, 0.5]).reshape(4, 1, 1)
     deviation = torch.tensor([2.0, 0.5, 1.0, 4.0]).reshape(4, 1, 1)
     for _ in range(800):
@@ -233,11 +238,8 @@ def test_running_statistics_find_mean_and_deviation(
 def test_latent_noise_has_the_strength_asked_for(
     tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
 ) -> None:
-    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
-    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    world = OneProcess(torch.device("cpu"))
     asked = recipe(tmp_path, latent_noise=0.4)
-    task = AutoencoderTask("vae", tiny, crops, asked, shown, tmp_path, world)
+    task = task_of("vae", tiny, folder_of_pictures, asked, tmp_path)
     task.batch = 500
     latent = torch.zeros(500, 4, 8, 8)
     strengths = task._noisy(7, latent).std(dim=(1, 2, 3))
@@ -249,14 +251,10 @@ def test_latent_noise_has_the_strength_asked_for(
 def test_the_sharp_stage_is_held_to_colours(
     tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
 ) -> None:
-    crops = RandomCrops(find_images([folder_of_pictures]), side=64)
-    shown = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    world = OneProcess(torch.device("cpu"))
-
     def measured(weight: float) -> tuple[float, dict[str, Tensor]]:
         torch.manual_seed(0)  # of the critic
         asked = recipe(tmp_path, chroma_weight=weight)
-        loss, parts = AutoencoderTask("sharp", tiny, crops, asked, shown, tmp_path, world).loss(3)
+        loss, parts = task_of("sharp", tiny, folder_of_pictures, asked, tmp_path).loss(3)
         return loss.item(), parts
 
     (without, parts), (held, told) = measured(0.0), measured(50.0)
