@@ -491,6 +491,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"class_weight": -1.0}, "class_weight"),
         ({"latent_noise": -0.1}, "latent_noise"),
+        ({"input_noise": -0.1}, "input_noise"),
         ({"picture_minutes": 1.0}, "either picture_minutes or picture_steps"),
         ({"seed": 2**63}, "seed must be at least 0 and below"),
         (

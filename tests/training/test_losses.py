@@ -56,6 +56,7 @@ def test_chroma_loss_is_of_colour_alone() -> None:
     target = torch.rand(2, 3, 16, 16, generator=generator) - 0.5
     lighter = target + torch.rand(2, 1, 16, 16, generator=generator)
     assert chroma_loss(lighter, target).item() < 1e-12
-    tint = torch.tensor([0.2, 0.0, -0.1])[:, None, None]
+    signs = torch.randint(2, (2, 1, 16, 16), generator=generator) * 2 - 1  # it must not average out
+    tint = signs * torch.tensor([0.2, 0.0, -0.1])[:, None, None]
     expected = ((0.2 - 0.1 / 3) ** 2 + (0.1 / 3) ** 2 + (0.1 + 0.1 / 3) ** 2) / 3
     assert chroma_loss(lighter + tint, target).item() == pytest.approx(expected, rel=1e-4)

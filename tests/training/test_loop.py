@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from parscale_ear.training.loop import (
+    CHECKPOINT_FILE,
+    LoopConfig,
+    Progress,
+    Run,
+    TrainingError,
+    learning_rate,
+    read_log,
+)
+
+pytest.importorskip("timm", reason="training needs the extra 'train'")
+
+
+class Toy:
+    """A small regression, every step's data a function of its number."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+        self.stop_at: int | None = None
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        loss = (self.model(x) - x.flip(1)).square().mean()
+        return loss, {"double": 2 * loss.detach()}
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(-1))
+        with torch.no_grad():
+            return {"error": float((model(x) - x.flip(1)).square().mean())}
+
+    def elementwise(self) -> list[nn.Parameter]:
+        return []
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        assert not tensors
+        assert not scalars
+
+
+def config(steps: int = 40) -> LoopConfig:
+    return LoopConfig(
+        steps=steps, precision="fp32", log_steps=5, warmup_steps=5, learning_rate=0.03
+    )
+
+
+def weights(run: Run) -> list[Tensor]:
+    return [*run.task.model.state_dict().values(), *run.average.state_dict().values()]
+
+
+def test_learns_and_logs(tmp_path: Path) -> None:
+    run = Run(Toy(), config(300), tmp_path / "run")
+    assert run.train()
+    log = read_log(tmp_path / "run")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert len(losses) == 60
+    assert losses[-1] < 0.2 * losses[0]
+    assert log[-1]["finished"]
+    assert log[-1]["error"] < 0.2 * losses[0]
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = Run(Toy(), config(), tmp_path / "whole")
+    assert whole.train()
+    toy = Toy()
+    toy.stop_at = 17
+    assert not Run(toy, config(), tmp_path / "parts").train()
+    second = Run(Toy(), config(), tmp_path / "parts", resume=True)
+    assert second.progress.step == 18
+    assert second.train()
+    for a, b in zip(weights(whole), weights(second), strict=True):
+        assert torch.equal(a, b)
+    strip = [
+        [{k: v for k, v in line.items() if k != "minutes"} for line in read_log(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert strip[0] == strip[1]
+
+
+def test_the_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    Run(Toy(), config(3), tmp_path / "run").train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    Run(Toy(), config(3), tmp_path / "run").train()
+    with pytest.raises(TrainingError, match="--resume"):
+        Run(Toy(), config(3), tmp_path / "run")
+
+
+def test_another_models_run_is_refused(tmp_path: Path) -> None:
+    Run(Toy(), config(3), tmp_path / "run").train()
+    other = Toy()
+    other.model = nn.Linear(6, 6)
+    with pytest.raises(TrainingError, match="another model"):
+        Run(other, config(3), tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    class Broken(Toy):
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, figures = super().loss(step)
+            return loss * float("nan"), figures
+
+    for steps in (40, 3):  # seen at a line of the log, and at the end
+        with pytest.raises(TrainingError, match="became nan"):
+            Run(Broken(), config(steps), tmp_path / str(steps)).train()
+        assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
+
+
+def test_learning_rate() -> None:
+    loop = LoopConfig(steps=1000, learning_rate=1.0, warmup_steps=10, final_rate=0.1)
+    rates = [learning_rate(loop, Progress(step=step)) for step in (0, 9, 500, 1000)]
+    assert rates == pytest.approx([0.1, 1.0, 0.55, 0.1], rel=1e-3)
+    minutes = LoopConfig(minutes=1, learning_rate=1.0, final_rate=0.0)
+    assert learning_rate(minutes, Progress(step=500, seconds=30)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{}, {"minutes": 1, "steps": 1}, {"steps": 0}, {"minutes": -1}, {"minutes": float("nan")}],
+)
+def test_length(length: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"minutes|length"):
+        LoopConfig(**length)  # type: ignore[arg-type]
+
+
+# --- the autoencoder's recipe ---
