@@ -30,8 +30,9 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         "distance to the training pictures and its classes: without guidance, at temperature 1, "
         f"{plain:.1%} of the pictures were put into their own class. What was tried on the way to "
         "this recipe was compared on the validation pictures by other networks, three trials of "
-        "its last part by this one (docs/experiments.md). The distance of real pictures is that of training pictures that "
-        "the autoencoder restored, as many as were drawn: it falls with their number, so only "
+        "its last part, and decoders, by this one (docs/experiments.md). The distance of real "
+        "pictures is that of training pictures that the autoencoder restored, whose sharp decoder "
+        "was trained on them, too; as many as were drawn: it falls with their number, so only "
         "distances of equally many compare."
     )
 

@@ -30,10 +30,11 @@ def mean_pairwise_distance(features: Tensor) -> float:
     count = features.shape[1]
     if count == 1:
         return 0.0
-    first, second = torch.triu_indices(count, count, offset=1)
-    # Differences, not torch.cdist: equal features must be exactly 0 apart.
-    apart = (features[:, first].double() - features[:, second].double()).norm(dim=-1)
-    return float(apart.mean())
+    values, total = features.double(), 0.0
+    for k in range(1, count):  # picture by picture: all pairs at once would take P times the memory
+        # Differences, not torch.cdist: equal features must be exactly 0 apart.
+        total += float((values[:, k:] - values[:, k - 1 : k]).norm(dim=-1).sum())
+    return total / (len(values) * count * (count - 1) / 2)
 
 
 def feature_diversity(pictures: Tensor, extractor: FeatureExtractor) -> float:

@@ -73,6 +73,12 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
     fingerprint = autoencoder.latent_fingerprint()
     training, validation, classes = load_latents(recipe, fingerprint)
     model = _fresh(recipe, training, classes, fingerprint)
+    scales = len(model.pyramid.scales)
+    if recipe.picture_known >= scales:
+        raise TrainingError(
+            f"picture_known must leave one of the {scales} scales of these latents to be drawn, "
+            f"got {recipe.picture_known}"
+        )
     claim.write()
     facts = {"latents": len(training), "validation_latents": len(validation)}
     for stage in recipe.stages():

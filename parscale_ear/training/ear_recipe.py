@@ -36,6 +36,7 @@ class EARRecipe:
     learning_rate: float = 2e-3  # peak in the first stage
     picture_classes: int = 4  # classes a step and process in the second stage
     picture_draws: int = 8  # pictures drawn of each
+    picture_known: int = 0  # most first scales that these take from real ones; 0: all is drawn
     picture_pairs: int = (
         8  # real pictures continued twice from their first scales, a step and process
     )
@@ -83,8 +84,8 @@ class EARRecipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
-            *("adversarial_weight", "class_weight", "picture_pairs", "latent_noise"),
-            "input_noise",
+            *("adversarial_weight", "class_weight", "picture_known", "picture_pairs"),
+            *("latent_noise", "input_noise"),
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -186,7 +186,12 @@ class EARTask(Stateless):
 
 
 class PicturesTask(EARTask):
-    """Scores of whole pictures that were drawn freely and a critic's verdict, beside tokens."""
+    """Scores of whole pictures that the generator drew and a critic's verdict, beside tokens.
+
+    They are drawn freely, or from the first scales of real pictures on: then the critic sees those
+    very pictures beside them, and where pictures begin is left to the scores of tokens, so the
+    generator cannot settle for the few beginnings that it goes on from best.
+    """
 
     def __init__(
         self,
@@ -217,7 +222,8 @@ class PicturesTask(EARTask):
             critic = PictureCritic(generator.config.channels, self.score.classes)
             spread = np.arange(0, len(store), max(1, len(store) // FITTED))
             chance = torch.Generator().manual_seed(SEEN_SEED)
-            critic.fit(self._judged(self._real(spread, None, 0, chance)))
+            with torch.no_grad():
+                critic.fit(self._judged(self.score.look(self._latents(spread, None), 0, chance)))
             self.adversary = Adversary(
                 critic.to(world.device),
                 recipe.critic_rate,
@@ -237,15 +243,23 @@ class PicturesTask(EARTask):
         seed = int(rng.integers(2**31))
         chance = torch.Generator().manual_seed(seed)
         size = int(step % LARGE_EVERY == LARGE_EVERY - 1)
-        latents = self.generator.draw_with_gradient(labels, self.random(step, 1))
+        numbers = np.concatenate(
+            [rng.choice(self.members[k], recipe.picture_draws) for k in chosen]
+        )
+        theirs = self._latents(numbers, rng)  # real pictures of the same classes
+        known: list[Tensor] = []
+        if recipe.picture_known:
+            given = int(rng.integers(1, recipe.picture_known + 1))
+            known = self.generator.pyramid.encode(theirs)[:given]
+        latents = self.generator.draw_with_gradient(labels, self.random(step, 1), known)
         drawn = score.look(latents, size, chance)
         loss, figures = score(drawn, labels, chance)
         if self.adversary is not None:
-            numbers = [rng.choice(self.members[k], recipe.picture_draws) for k in chosen]
-            real = self._real(np.concatenate(numbers), rng, size, chance)
+            with torch.no_grad():
+                real = score.look(theirs, size, chance)
             both = [
-                torch.cat((theirs, ours.detach()))
-                for theirs, ours in zip(self._judged(real), self._judged(drawn), strict=True)
+                torch.cat((maps, ours.detach()))
+                for maps, ours in zip(self._judged(real), self._judged(drawn), strict=True)
             ]
             critic, group = self.adversary.critic, recipe.picture_draws
             verdict = self.adversary.step(
@@ -268,26 +282,20 @@ class PicturesTask(EARTask):
         """Score of pictures that go on from the first scales of real ones."""
         pyramid, count = self.generator.pyramid, self.recipe.picture_pairs
         numbers = rng.integers(len(self.store), size=count)
-        real = self._real(numbers, rng, size, chance)
+        with torch.no_grad():
+            real = self.score.look(self._latents(numbers, rng), size, chance)
         given = int(rng.integers(1, len(pyramid.scales)))
         known = [part.repeat(PAIR, 1, 1) for part in pyramid.encode(real.latents)[:given]]
         labels = self.store.labels[torch.from_numpy(numbers)].repeat(PAIR).to(self.world.device)
         latents = self.generator.draw_with_gradient(labels, self.random(step, 2), known)
         return self.score.continued(self.score.look(latents, size, chance), real)
 
-    @torch.no_grad()
-    def _real(
-        self,
-        numbers: NDArray[np.int64],
-        rng: np.random.Generator | None,
-        size: int,
-        chance: torch.Generator,
-    ) -> Seen:
-        """Real pictures; ``rng`` mirrors half of them."""
+    def _latents(self, numbers: NDArray[np.int64], rng: np.random.Generator | None) -> Tensor:
+        """Real pictures' latents; ``rng`` mirrors half of them."""
         sides = self.store.latents.shape[1]
         side = np.zeros_like(numbers) if rng is None else rng.integers(sides, size=len(numbers))
         latents = self.store.latents[torch.from_numpy(numbers), torch.from_numpy(side)]
-        return self.score.look(latents.to(self.world.device), size, chance)
+        return latents.to(self.world.device)
 
     @staticmethod
     def _judged(seen: Seen) -> list[Tensor]:

@@ -55,6 +55,7 @@ EAR = {
     "picture_steps": "the same in steps",
     "picture_classes": "classes a step there",
     "picture_draws": "pictures drawn of each",
+    "picture_known": "most first scales that these take from real ones",
     "picture_pairs": "real pictures there that are continued twice from their first scales",
     "picture_batch": "latents a step there whose tokens are scored",
     "picture_rate": "peak learning rate there",

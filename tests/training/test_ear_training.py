@@ -29,6 +29,7 @@ from parscale_ear.training.ear import load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import EARTask
 from parscale_ear.training.loop import TrainingError, read_log
+from parscale_ear.training.picture_critic import PictureCritic
 from parscale_ear.training.picture_energy import PictureScore
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
@@ -38,8 +39,8 @@ Killed = Callable[[int, Callable[[], object]], None]  # conftest.py
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of 32×32 as latents of 2×2, bright at the bottom or at the top."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of 32×32, bright at the bottom or at the top."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for label, rows in (("bottom", slice(16, 32)), ("top", slice(0, 16))):
@@ -48,8 +49,14 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
             pixels[rows] += 150
             Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures as latents of 2×2."""
     out = tmp_path_factory.mktemp("latents") / "cache"
-    assert main(["encode", str(folder), str(out), "--side", "32", "--mirror"]) == 0
+    assert main(["encode", str(pictures), str(out), "--side", "32", "--mirror"]) == 0
     return out
 
 
@@ -239,6 +246,51 @@ def test_scored_latents_have_the_noise_asked_for(
     assert abs(float((noise * other).mean())) < 0.01
 
 
+def test_drawn_pictures_go_on_from_real_ones_where_asked(
+    recipe: EARRecipe, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = str(tmp_path / "latents")  # 4×4: six scales
+    assert main(["encode", str(pictures), larger, "--side", "64", "--mirror"]) == 0
+    asked = replace(recipe, latents=larger, validation=larger, picture_known=2, picture_pairs=0)
+    made = Made(asked, tmp_path, ear_tasks.PicturesTask)
+    pyramid, counts = made.model.pyramid, set()
+    begun: list[tuple[Tensor, list[Tensor]]] = []
+    shown: list[Tensor] = []
+    plain, critic = EnergyAR.draw_with_gradient, PictureCritic.forward
+
+    def draw(self: EnergyAR, labels: Tensor, *rest: Any) -> Tensor:
+        begun.append((labels, rest[1]))
+        return plain(self, labels, *rest)
+
+    def spy(self: PictureCritic, maps: list[Tensor], *rest: Any) -> list[Tensor]:
+        shown.append(maps[-1])
+        return critic(self, maps, *rest)
+
+    monkeypatch.setattr(EnergyAR, "draw_with_gradient", draw)
+    monkeypatch.setattr(PictureCritic, "forward", spy)
+    for step in range(8):
+        begun.clear()
+        shown.clear()
+        made.task.loss(step)
+        ((labels, known),) = begun
+        counts.add(len(known))
+        real, drawn = shown[0].chunk(2)  # what the critic learns from: real pictures, drawn ones
+        for label, (number, _) in zip(labels.tolist(), made.found(known[0]), strict=True):
+            assert label == int(made.store.labels[number])
+        for latents in (real, drawn):
+            tokens = pyramid.encode(latents.detach())
+            for own, given in zip(tokens, known, strict=False):
+                torch.testing.assert_close(own, given, rtol=0, atol=1e-4)
+        assert (real - drawn).abs().amax((1, 2, 3)).min() > 0.1  # drawn, not copied
+    assert counts == {1, 2}
+
+
+def test_more_scales_known_than_are_drawn_are_refused(recipe: EARRecipe, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="leave one of the 2 scales"):
+        train_ear(replace(recipe, picture_known=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_streams_own_scores_count_beside_the_joined_ones(recipe: EARRecipe, tmp_path: Path) -> None:
     made = Made(recipe, tmp_path)
     streams = ParallelStreams.fitting(made.model.config.transformer, 2, prefix_tokens=2)
@@ -260,7 +312,7 @@ def test_pictures_go_on_from_real_ones_of_their_class(
     plain, look = EnergyAR.draw_with_gradient, PictureScore.look
 
     def draw(self: EnergyAR, labels: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if len(rest) > 1:
+        if rest[1]:
             continued.append((labels, rest[1][0]))
         return plain(self, labels, *rest, **options)
 
@@ -484,6 +536,7 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         ({"steps": None}, "minutes or steps"),
         ({"steps": None, "minutes": 0}, "weights to start"),
         ({"picture_draws": 1}, "picture_draws"),
+        ({"picture_known": -1}, "picture_known"),
         ({"picture_pairs": -1}, "picture_pairs"),
         ({"picture_minutes": -1.0}, "picture_minutes"),
         ({"picture_rate": 0.0}, "picture_rate"),
