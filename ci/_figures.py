@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ci._published import TOKENIZERS
+from parscale_ear.autoencoder.files import Decoder
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import grid
@@ -20,6 +22,7 @@ from parscale_ear.generator.ear import EnergyAR
 
 SHOWN = (0, 1, 2, 4, 6, 8)  # astronaut, chelsea, coffee, motorcycle, grace_hopper, camera
 AMPLIFIED = 5
+SAMPLED = (1, 2)  # chelsea, coffee
 
 
 def data_url(png: bytes) -> str:
@@ -29,33 +32,45 @@ def data_url(png: bytes) -> str:
 
 def picture_grid(device: torch.device) -> bytes:
     """Rows of original, faithful, sharp, and the faithful one's amplified difference, at 1:1."""
-    pictures = wheel_reference(14).pictures[list(SHOWN)]
-    columns = [pictures]
-    for decoder in ("faithful", "sharp"):
-        model = ParScaleEAR.from_pretrained(
-            decoder=decoder,  # type: ignore[arg-type]
-            device=device,
-            dtype=torch.float32,
-        )
-        columns.append(reconstruct_pictures(model, pictures))
-    difference = (columns[1].float() - pictures.float()) * AMPLIFIED + 128
+    columns = _restored(SHOWN, device)
+    difference = (columns[1].float() - columns[0].float()) * AMPLIFIED + 128
     columns.append(difference.clamp(0, 255).round().to(torch.uint8))
-    buffer = io.BytesIO()
-    grid([list(row) for row in zip(*columns, strict=True)]).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return _grid([list(row) for row in zip(*columns, strict=True)])
+
+
+def restored_sample(device: torch.device) -> bytes:
+    """Two rows of original, faithful and sharp at 1:1, for the README."""
+    return _grid([list(row) for row in zip(*_restored(SAMPLED, device), strict=True)])
+
+
+def _restored(scenes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Photographs, and what the faithful and the sharp decoder make of them."""
+    pictures = wheel_reference(14).pictures[list(scenes)]
+    columns = [pictures]
+    for decoder in get_args(Decoder):
+        model = ParScaleEAR.from_pretrained(decoder=decoder, device=device, dtype=torch.float32)
+        columns.append(reconstruct_pictures(model, pictures))
+    return columns
 
 
 def drawn_grid(device: torch.device, columns: int = 8) -> bytes:
     """A row a class of what the shipped generator draws: the first pictures of seed 0."""
+    return _grid(_drawn(device, columns))
+
+
+def drawn_sample(device: torch.device, shown: int = 4) -> bytes:
+    """The same in short and turned, a column a class, for the README."""
+    return _grid([list(row) for row in zip(*_drawn(device, shown), strict=True)])
+
+
+def _drawn(device: torch.device, count: int) -> list[list[Tensor]]:
+    """The first pictures of seed 0 of every class."""
     model = EnergyAR.from_pretrained(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    rows = []
-    for label in range(len(model.config.class_names)):
-        images = model.generate([label] * columns, generator=generator)
-        rows.append(list(images.cpu()))
-    buffer = io.BytesIO()
-    grid(rows).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return [
+        list(model.generate([label] * count, generator=generator).cpu())
+        for label in range(len(model.config.class_names))
+    ]
 
 
 def tokenizer_plot(ours: Mapping[str, float]) -> bytes:
@@ -176,6 +191,12 @@ def ablation_plot(figures: Mapping[str, Any]) -> bytes:
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_xlabel(f"change in {label}")
     return _png(figure)
+
+
+def _grid(rows: Sequence[Sequence[Tensor]]) -> bytes:
+    buffer = io.BytesIO()
+    grid(rows).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,258 +1,198 @@
-"""The README's figures, written from the committed reports of a full run."""
+"""What a full run's committed reports say in words, tables and pictures outside the HTML report.
+
+README.md gets a summary between its marks, docs/figures.md every table, docs/experiments.md the
+trials, docs/pictures the two pictures that the README shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ci import _common as ci
-from ci import _evidence, _generation_tables, _stream_tables
-from ci._distances import distance_head, distance_rows
-from ci._quality import SIZE_HEAD, latent_line, size_rows
-from ci._tables import (
-    TOKENIZER_HEAD,
-    TOKENIZER_NOTE,
-    TRIAL_HEAD,
-    tokenizer_rows,
-    training_head,
-    training_rows,
-    trial_rows,
-)
-from ci.validate_results import REPORTS, milestone_rows
+from ci import _evidence, _stream_tables
+from ci._figures import drawn_sample, restored_sample
+from ci._figures_page import all_figures
+from ci._markdown import markdown, told
+from ci._tables import TRIAL_HEAD, own_figures, trial_rows
+from ci.fid_eval import shipped_facts
+from ci.validate_results import milestone_rows
 from parscale_ear import checkpoint
 from parscale_ear.training.marks import between_marks
 
 README = ci.ROOT / "README.md"
+FIGURES = ci.ROOT / "docs" / "figures.md"
 EXPERIMENTS = ci.ROOT / "docs" / "experiments.md"
+PICTURES = {  # below docs/pictures
+    "restored.png": restored_sample,
+    "drawn.png": drawn_sample,
+}
+PICTURE_FOLDER = ci.ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
 
 
-def readme_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's figures as Markdown, each with hardware, dtype, sample count and date."""
-    sanity, latency, fid, ablation, streams, generation = (reports[name] for name in REPORTS)
+def summary(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README's figures: what is measured of each part, the missed targets, the prototype's."""
+    milestones = milestone_rows(reports)
+    count = Counter(status for *_, status, _ in milestones)
+    rows = [
+        (target, value, limit, f"SKIPPED: {why}" if status == "SKIPPED" else why)
+        for _, target, value, limit, status, why in milestones
+        if status != "PASS"
+    ]
+    return "\n".join(
+        [
+            markdown(("", "figure", "measured"), _glance(reports)),
+            "",
+            f"**Milestones**: {count['PASS']} passed, {count['MISSED']} missed, {count['SKIPPED']} "
+            "SKIPPED. Those that did not pass:",
+            "",
+            markdown(("target", "value", "limit", ""), rows),
+            "",
+            "**The prototype's figures**, which this project was built to replace, beside ours: "
+            f"VAR-d16 with random weights, {told(reports['streams'], 'one label')}, a whole "
+            "generation in one pass.",
+            "",
+            markdown(
+                ("", *_stream_tables.PROTOTYPE_HEAD[1:]),
+                _prototype_rows(reports["streams"]["figures"]),
+            ),
+            "",
+            _stream_tables.PROTOTYPE_NOTE,
+        ]
+    )
 
-    def origin(report: Mapping[str, Any], samples: str) -> str:
-        return (
-            f"*{report['device']}, {report['threads']} threads, {report['dtype']}, {samples}, "
-            f"torch {report['torch']}, {report['date'][:10]}.*"
-        )
 
+def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """One line for each thing that a user would ask first."""
+    latency, fid, streams, generation = (
+        reports[name] for name in ("latency", "fid", "streams", "generation")
+    )
+    ours, facts = own_figures(), shipped_facts()
+    sharp, lowered = facts["sharp"], 1 - facts["sharp"]["distance"] / facts["faithful"]["distance"]
+    card = f"model card: {ours['pictures']} photographs, float32"
+    variants, reference = fid["figures"]["variants"], fid["figures"]["reference"]
+    crops = told(fid, f"{reference['pictures']} crops of {reference['scenes']} scenes")
+    single = latency["figures"]["batches"][0]
     compared = latency["figures"]["against_autoencoder_tiny"]
-    counts = sanity["figures"]["parameters"]
-    lines = [
-        f"Parameters: encoder {counts['encoder']:,}, hybrid {counts['hybrid']:,}, "
-        f"decoder {counts['decoder']:,}, together {counts['total']:,}.",
-        "",
-        "**Milestones**",
-        "",
-        _markdown(
-            ("milestone", "target", "value", "limit", "status"),
-            [row[:5] for row in milestone_rows(reports)],
+    cases = {row["name"]: row for row in streams["figures"]["cases"]}
+    rows = [
+        (
+            "size",
+            f"{ours['parameters_m']:.2f} M parameters, {ours['gflop']:.1f} GFLOP",
+            "256×256, there and back",
         ),
-        "",
-        f"**Latency** ({latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image)",
-        "",
-        _markdown(
-            ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
-            [
-                (
-                    str(row["batch_size"]),
-                    *(f"{row[f'{key}_ms_per_image']:.1f}" for key in ("mean", "p50", "p99")),
-                    f"{row['images_per_s']:.0f}",
-                    f"{row['fraction_of_compute_roof']:.0%}",
-                )
-                for row in latency["figures"]["batches"]
-            ],
+        (
+            "faithful decoder",
+            f"{ours['psnr_db']:.2f} dB, SSIM {ours['ssim']:.3f}",
+            card,
         ),
-        "",
-        origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
+        (
+            "sharp decoder",
+            f"{sharp['psnr_db']:.2f} dB, SSIM {sharp['ssim']:.3f}; {sharp['distance_name']} {lowered:.0%} "
+            "below the faithful one's",
+            card,
+        ),
+        (
+            "other photographs",
+            "; ".join(
+                f"{name} {row['psnr_db']['value']:.2f} dB, SSIM {row['ssim']['value']:.3f}"
+                for name, row in (("faithful", variants["hybrid"]), ("sharp", variants["sharp"]))
+            ),
+            crops,
+        ),
+        (
+            "latency",
+            f"{single['mean_ms_per_image']:.1f} ms an image, P99 {single['p99_ms_per_image']:.1f}; "
+            f"{single['fraction_of_compute_roof']:.0%} of what the hardware can do",
+            told(latency, f"batch {single['batch_size']}, {latency['settings']['num_runs']} runs"),
+        ),
     ]
     if compared is not None:
-        lines.append(
-            f"In the same run, plain FP32, batch {compared['batch_size']}: "
-            f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
-            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs)."
+        rows.append(
+            (
+                "against diffusers' `AutoencoderTiny`",
+                f"{compared['ratio_p50']:.1f}× faster",
+                f"the same run, batch {compared['batch_size']}",
+            )
         )
-    if latency["device_type"] != "cuda":
-        lines.append("**Not measured on a GPU yet.**")
-    for title, report in (
-        ("Reconstruction", fid),
-        ("Ablation by switching branches off", ablation),
-    ):
-        figures = report["figures"]
-        reference = figures["reference"]
-        samples = f"{reference['pictures']} crops of {reference['scenes']} scenes"
-        rows = distance_rows(figures)
-        head = distance_head(figures)
-        lines += ["", f"**{title}**", "", _markdown(head, rows), "", origin(report, samples)]
-        if reference["warning"]:
-            lines.append(f"Note: {reference['warning']}.")
-    lines += _readme_quality(fid["figures"])
-    used = ", ".join(f"{k}: {v}" for k, v in ablation["figures"]["branches"].items())
-    lines.append(f"Branches in the trained model — {used} (used is not the same as worth it).")
-    precision = sanity["figures"]["precision"]
-    lines += [
-        "",
-        "**Half precision** against FP32 on the same photographs: "
-        + "; ".join(
-            f"{decoder} decoder, {name}: relative error {row['relative_error']:.1e}, "
-            f"{row['psnr_lost_db']:+.4f} dB lost"
-            for decoder, rows in precision.items()
-            for name, row in rows.items()
-            if name != "float32"
-        )
-        + ". "
-        + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
-        *_readme_streams(streams["figures"]),
-        origin(streams, f"batch 1, {streams['settings']['num_runs']} rounds in turn"),
-        *_readme_generation(generation["figures"]),
-        origin(generation, f"{generation['figures']['pictures']} pictures"),
-    ]
-    return "\n".join(lines)
-
-
-def _readme_streams(figures: Mapping[str, Any]) -> list[str]:
-    """Parallel streams beside the prototype's figures, for the README."""
-    return [
-        "",
-        f"**Parallel streams** ({figures['model']}, one label, {figures['side']}×{figures['side']}, guidance; a "
-        "generation "
-        "with its decoder, and its tokens alone)",
-        "",
-        _markdown(_stream_tables.stream_head(), _stream_tables.stream_rows(figures)),
-        "",
-        *(f"{note}  " for note in _stream_tables.stream_notes(figures)),
-        "",
-        f"{_stream_tables.SCALES_TITLE}:",
-        "",
-        _markdown(_stream_tables.scale_head(figures), _stream_tables.scale_rows(figures)),
-        "",
-        _stream_tables.trained_note(figures),
-        "",
-        _markdown(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
-        "",
-        _markdown(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
-        "",
-        _stream_tables.PROTOTYPE_NOTE,
-        "",
-        *_readme_worth(figures),
-    ]
-
-
-def _readme_generation(figures: Mapping[str, Any]) -> list[str]:
-    """Drawn pictures, as judged and as measured in the run, for the README."""
-    tables = _generation_tables
+    figures = generation["figures"]
     judged = _evidence.read(_evidence.JUDGED)
-    lines = ["", "**Drawn pictures** (the shipped EnergyAR)", ""]
     if judged is not None:
-        lines += [
-            _markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
-            "",
-            f"{tables.judged_note(judged)} Data: {', '.join(judged['data'])}; {judged['dtype']}, torch "
-            f"{judged['torch']}.",
-            "",
-            _markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
-            "",
-            tables.NEIGHBOUR_NOTE,
-            "",
-        ]
-    for title, path in _evidence.HEAD_COMPARISONS.items():
-        heads = _evidence.read(path)
-        if heads is not None:
-            lines += [
-                f"{title}:",
-                "",
-                _markdown(tables.HEADS_HEAD, tables.head_rows(heads)),
-                "",
-                tables.head_text(heads),
-                "",
-            ]
+        own, real = judged["class_accuracy"]["value"], judged["ceiling"]["class_accuracy"]["value"]
+        rows.append(
+            (
+                "drawn pictures",
+                f"{own:.1%} in their own class of ten (real ones {real:.1%}); "
+                f"{judged['distance_name']} {judged['distance']['value']:.1f} (real ones "
+                f"{judged['ceiling']['distance']:.1f})",
+                f"{judged['pictures']:,} pictures, {judged['dtype']}",
+            )
+        )
+    rows += [
+        (
+            "a drawn picture",
+            f"{figures['passes']} passes, {1000 * figures['single_picture_s']:.0f} ms alone, "
+            f"{1000 * figures['picture_s']:.1f} ms in batches",
+            told(generation, f"{figures['pictures']} pictures"),
+        ),
+        (
+            "4 streams of VAR-d16 in one pass",
+            f"{cases['P = 4']['median_s']:.1f} s for four pictures (four calls: "
+            f"{cases['P = 4']['sequential_s']:.1f} s), {cases['P = 4, aggregate']['median_s']:.1f} s for one "
+            f"from all four (one stream: {cases['P = 1']['median_s']:.1f} s)",
+            told(streams, f"{streams['settings']['num_runs']} rounds in turn"),
+        ),
+    ]
+    if latency["device_type"] != "cuda":
+        rows.append(("on a GPU", "**not measured yet**", ""))
+    return rows
+
+
+def _prototype_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The prototype's two tables, and ours of a run."""
+    cases = {row["streams"]: row for row in figures["cases"] if row["mode"] == "diverse"}
+    ours = [cases.get(count) for count in _stream_tables.PROTOTYPE_STREAMS]
+    times = ("" if row is None else f"{1000 * row['median_s']:,.0f} ms" for row in ours)
+    peaks = (
+        "" if row is None or row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"
+        for row in ours
+    )
     return [
-        *lines,
-        _markdown(tables.HEAD, tables.rows(figures, figures["reference"]["ceiling"])),
-        "",
-        *(f"{note}  " for note in tables.generation_notes(figures)),
-        "",
+        *(("prototype: " + name, *values) for name, *values in _stream_tables.PROTOTYPE_ROWS),
+        ("ours: latency", *times),
+        ("ours: peak memory", *peaks),
     ]
 
 
-def _readme_worth(figures: Mapping[str, Any]) -> list[str]:
-    tables, lines = _stream_tables, []
-    evidence = _evidence.read(_evidence.STREAMS)
-    if evidence is not None:
-        lines += [
-            f"**{tables.WORTH_TITLE}**",
-            "",
-            _markdown(tables.WORTH_HEAD, tables.worth_rows(evidence)),
-            "",
-            tables.worth_text(evidence),
-            "",
-        ]
-    evidence = _evidence.read(_evidence.EAR_STREAMS)
-    if evidence is not None:
-        lines += [
-            f"**{tables.EAR_WORTH_TITLE}**",
-            "",
-            _markdown(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures)),
-            "",
-            tables.ear_worth_text(evidence, figures),
-            "",
-        ]
-    return lines
-
-
-def _readme_quality(figures: Mapping[str, Any]) -> list[str]:
-    """Sizes, latent, published tokenizers and the controlled training, for the README."""
-    lines = [
-        "",
-        "**By size**",
-        "",
-        _markdown(SIZE_HEAD, size_rows(figures["sizes"])),
-        "",
-        "; ".join(f"{row['side']}: {row['source']}" for row in figures["sizes"]) + ".",
-        "",
-        f"**The latent**: {latent_line(figures['latent'])}.",
-        "",
-        "**Beside published tokenizers**",
-        "",
-        _markdown(TOKENIZER_HEAD, tokenizer_rows()),
-        "",
-        TOKENIZER_NOTE,
-        "",
-    ]
-    evidence = _evidence.read(_evidence.TRAINING)
-    if evidence is not None:
-        lines += [
-            "**What the hybrid is worth**: PSNR in dB of models trained alike with and without it "
-            f"({evidence['steps']:,} steps, {len(evidence['seeds'])} seeds), and the difference to "
-            "the hybrid.",
-            "",
-            _markdown(training_head(evidence), training_rows(evidence)),
-            "",
-        ]
-    return lines
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_readme(reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts the figures between the marks of README.md, the trials between those of the experiments.
+def write_documents(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the figures of README.md, docs/figures.md, docs/experiments.md and docs/pictures.
 
     Raises:
-        ValueError: the marks are not there.
+        ValueError: a document lacks its marks.
     """
-    readme = with_figures(README.read_text(encoding="utf-8"), reports)
+    readme = with_summary(README.read_text(encoding="utf-8"), reports)
+    figures = with_figures(FIGURES.read_text(encoding="utf-8"), reports)
     experiments = with_trials(EXPERIMENTS.read_text(encoding="utf-8"))
-    checkpoint.write_text(README, readme)
-    checkpoint.write_text(EXPERIMENTS, experiments)
+    for path, text in ((README, readme), (FIGURES, figures), (EXPERIMENTS, experiments)):
+        checkpoint.write_text(path, text)
+    PICTURE_FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        with checkpoint.atomic_path(PICTURE_FOLDER / name) as temporary:
+            temporary.write_bytes(draw(torch.device("cpu")))
+
+
+def with_summary(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A README's text with its figures replaced."""
+    return between_marks(text, BEGIN, END, summary(reports), "the README")
 
 
 def with_figures(text: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """A README's text with its figures replaced."""
-    return between_marks(text, BEGIN, END, readme_figures(reports), "the README")
+    """The text of docs/figures.md with its figures replaced."""
+    return between_marks(text, BEGIN, END, all_figures(reports), "docs/figures.md")
 
 
 def with_trials(text: str) -> str:
@@ -261,7 +201,7 @@ def with_trials(text: str) -> str:
     if trials is None:
         raise ci.UsageError(f"{_evidence.TRIALS.name} is missing; git checkout it")
     content = "\n\n".join(
-        f"**{part['title']}**\n\n{_markdown(TRIAL_HEAD, trial_rows(part))}\n\n{part['conditions']}"
+        f"**{part['title']}**\n\n{markdown(TRIAL_HEAD, trial_rows(part))}\n\n{part['conditions']}"
         for part in trials["sets"]
     )
     return between_marks(text, BEGIN, END, content, "docs/experiments.md")

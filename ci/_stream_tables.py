@@ -10,7 +10,8 @@ from ci import _common as ci
 SCALES_TITLE = "Milliseconds by scale"
 # What the prototype's documents printed. Its hardware is not stated there; its streams were calls
 # in a loop, its baseline a constant in the source.
-PROTOTYPE_HEAD = ("the prototype printed", "P = 1", "P = 2", "P = 4")
+PROTOTYPE_STREAMS = (1, 2, 4)
+PROTOTYPE_HEAD = ("the prototype printed", *(f"P = {count}" for count in PROTOTYPE_STREAMS))
 PROTOTYPE_ROWS = [
     ("latency, first table", '282.6 ms ("baseline")', "265.2 ms", ""),
     ("latency, second table", "400 ms", "800 ms", "1600 ms"),

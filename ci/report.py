@@ -1,7 +1,8 @@
 """Turns the reports of a run into results/report.html, and the README's figures from docs/results.
 
-``--keep`` copies a full run's reports to docs/results; ``--readme`` writes the README's figures
-from there. Both are for maintainers, after a run that is to be published.
+``--keep`` copies a full run's reports to docs/results; ``--readme`` writes the figures of README
+and docs from there, and the README's pictures. Both are for maintainers, after a run that is to be
+published.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ci._figures import (
     worth_plot,
 )
 from ci._quality import SIZE_HEAD, latent_line, size_rows
-from ci._readme import write_readme
+from ci._readme import write_documents
 from ci._tables import (
     TOKENIZER_HEAD,
     TOKENIZER_NOTE,
@@ -412,8 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept, missing = read_reports(KEPT)
         if missing:
             raise ci.UsageError(missing[0])
-        write_readme(kept)
-        print("wrote the figures of README.md and docs/experiments.md")
+        write_documents(kept)
+        print("wrote the figures of README.md and docs/, and docs/pictures")
         if not reports:
             return ci.PASSED
     path = arguments.results / NEIGHBOURS_FILE

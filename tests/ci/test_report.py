@@ -38,9 +38,33 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
 
 def test_the_readmes_figures_are_the_committed_ones(kept: dict[str, dict[str, Any]]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert ci._readme.with_figures(text, kept) == text
+    assert ci._readme.with_summary(text, kept) == text
+    figures = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert ci._readme.with_figures(figures, kept) == figures
     trials = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert ci._readme.with_trials(trials) == trials
+
+
+@pytest.mark.parametrize("name", ci._readme.PICTURES)
+def test_the_readmes_pictures_are_those_of_the_shipped_weights(name: str, tmp_path: Path) -> None:
+    assert f"](docs/pictures/{name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / name).write_bytes(ci._readme.PICTURES[name](torch.device("cpu")))
+    made, shown = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in (tmp_path / name, ci._readme.PICTURE_FOLDER / name)
+    )
+    # Another CPU rounds otherwise: levels of 255.
+    assert np.abs(made - shown).mean() < 0.2
+
+
+def test_the_readme_names_all_that_did_not_pass(kept: dict[str, dict[str, Any]]) -> None:
+    text = ci._readme.summary(kept)
+    for report in kept.values():
+        for target in report["targets"]:
+            assert (f"| {target['name']} |" in text) == (target["status"] != "PASS")
+    assert "on a GPU | **not measured yet**" in text
+    on_cuda = {**kept, "latency": {**kept["latency"], "device_type": "cuda"}}
+    assert "not measured yet" not in ci._readme.summary(on_cuda)
 
 
 def test_the_committed_reports_are_of_one_full_run_of_these_weights(
@@ -60,8 +84,10 @@ def test_neighbours_are_shown_where_they_are_at_hand(kept: dict[str, dict[str, A
 
 
 def test_a_readme_without_marks(kept: dict[str, dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match="lacks the marks"):
-        ci._readme.with_figures("# README", kept)
+    with pytest.raises(ValueError, match="the README lacks the marks"):
+        ci._readme.with_summary("# README", kept)
+    with pytest.raises(ValueError, match=r"docs/figures.md lacks the marks"):
+        ci._readme.with_figures("# Figures", kept)
 
 
 def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_path: Path) -> None:
