@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,21 @@ def measure_ear_streams(
     cases = [Case(count, "diverse") for count in counts]
     joined = [Case(count, "aggregate") for count in counts]
     streams = [ear_streams(model, case, seed) for case in (*cases, *joined)]
+    calls = [Case(1, "diverse") for _ in cases]  # as many calls of one picture as there are streams
+
+    def one_by_one(times: int, single: Case) -> None:
+        for _ in range(times):
+            run_case(model, 1, single, label=0, guidance=guidance, seed=seed)
+
     functions = [
-        lambda c=case, s=those: run_case(model, s, c, label=0, guidance=guidance, seed=seed)  # type: ignore[misc]
-        for case, those in zip((*cases, *joined), streams, strict=True)
+        *(
+            partial(run_case, model, those, case, label=0, guidance=guidance, seed=seed)
+            for case, those in zip((*cases, *joined), streams, strict=True)
+        ),
+        *(
+            partial(one_by_one, case.streams, single)
+            for case, single in zip(cases, calls, strict=True)
+        ),
     ]
     with ci.progress(len(functions) * (runs + 1), "EnergyAR") as advance:
         run_alternately(functions, runs, advance)
@@ -59,15 +72,16 @@ def measure_ear_streams(
             advance()
     first = float(np.median(cases[0].seconds[1:]))
     rows = []
-    for case in cases:
+    for case, single in zip(cases, calls, strict=True):
         together = _pictures(model, classes, case.streams, seed)
         apart = torch.cat([_pictures(model, classes, 1, seed + k) for k in range(case.streams)], 1)
         median = float(np.median(case.seconds[1:]))
+        rounds = np.reshape(single.seconds, (-1, case.streams)).sum(1)  # of P calls each
         rows.append(
             {
                 "streams": case.streams,
                 "median_s": median,
-                "sequential_s": first * case.streams,
+                "sequential_s": float(np.median(rounds[1:])),
                 "efficiency": case.streams * first / median,
                 "block_calls": list(case.block_calls),
                 "scales": len(model.pyramid.scales),

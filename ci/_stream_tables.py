@@ -60,7 +60,7 @@ def stream_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 TRAINED_HEAD = (
-    *("", "s", "P·t(1) s", "P·t(1)/t(P)", "cache MiB", "diversity", "of P calls", "pixel cosine"),
+    *("", "s", "P calls s", "P·t(1)/t(P)", "cache MiB", "diversity", "of P calls", "pixel cosine"),
 )
 
 

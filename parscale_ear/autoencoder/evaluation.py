@@ -133,9 +133,9 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     skipped: dict[str, str] = {}
     seconds, timed, first = 0.0, 0, True
     batches = read_batches(
-        share.refs, options.side, options.batch, readers=1, ahead=2 * options.batch
+        [share.refs], options.side, options.batch, readers=1, ahead=2 * options.batch
     )
-    for batch in batches:
+    for _, batch in batches:
         add_skipped(skipped, batch.skipped)
         if batch.refs:
             originals = torch.stack(batch.pixels)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -70,18 +71,28 @@ def add_skipped(skipped: dict[str, str], more: Mapping[str, str]) -> None:
 
 
 def read_batches(
-    refs: Sequence[ImageRef], side: int, size: int, *, readers: int, ahead: int
-) -> Iterator[Batch]:
-    """Batches of ``size`` readable pictures, in order; the last one may have fewer, or none."""
-    batch = Batch()
-    for ref, pixels in read_squares(refs, side, readers, ahead):
-        if isinstance(pixels, str):
-            add_skipped(batch.skipped, {ref.key: pixels})
-            continue
-        batch.refs.append(ref)
-        batch.pixels.append(pixels)
-        if len(batch.refs) == size:
-            yield batch
-            batch = Batch()
-    if len(batch):
-        yield batch
+    groups: Sequence[Sequence[ImageRef]], side: int, size: int, *, readers: int, ahead: int
+) -> Iterator[tuple[int, Batch]]:
+    """Batches of ``size`` readable pictures, in order; a group's last one may have fewer, or none.
+
+    No batch has pictures of two groups, but those of the next one are read meanwhile.
+
+    Yields:
+        The number of a group and a batch of its pictures; one at least of every group that is not
+        empty.
+    """
+    refs = [ref for group in groups for ref in group]
+    squares = read_squares(refs, side, readers, ahead)
+    for number, group in enumerate(groups):
+        batch = Batch()
+        for ref, pixels in islice(squares, len(group)):
+            if isinstance(pixels, str):
+                add_skipped(batch.skipped, {ref.key: pixels})
+                continue
+            batch.refs.append(ref)
+            batch.pixels.append(pixels)
+            if len(batch.refs) == size:
+                yield number, batch
+                batch = Batch()
+        if len(batch):
+            yield number, batch

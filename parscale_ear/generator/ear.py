@@ -360,9 +360,7 @@ class EnergyAR(NextScaleGenerator):
 
     def set_dtype(self, dtype: torch.dtype) -> EnergyAR:
         """Casts all but the pyramid, in place; that stays in FP32."""
-        self.transformer.to(dtype)
-        self.head.to(dtype)
-        return self
+        return self.to(dtype)
 
     # --- in and out ---
 

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from parscale_ear.autoencoder.wavelet import haar_dwt, haar_idwt
+from parscale_ear.generator.precision import KeepsFloat32
 
 BANDS = 3  # of a detail
 PHASES = {  # rows and columns (modulo 2) of the cells that are drawn together
@@ -52,7 +53,7 @@ class Canvas:
     drawn: Tensor  # (s · s,), whether a cell is drawn
 
 
-class LatentPyramid(nn.Module):
+class LatentPyramid(KeepsFloat32):
     """The transform and its normalisation: every coefficient has about unit variance."""
 
     def __init__(self, channels: int, side: int, phases: int = 4) -> None:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale_ear.generator.precision import KeepsFloat32
+
 COMMITMENT = 0.25  # weight of the latent's move towards its quantised form
 PHI_SHARE = 0.5  # of the convolution's output in φ; the rest is its input
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(KeepsFloat32):
     """Tokens of growing side whose looked-up vectors, resized and smoothed, sum up to a latent.
 
     Works in FP32 whatever the dtype of its input, under autocast too: the nearest vector must not

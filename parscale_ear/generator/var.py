@@ -137,11 +137,7 @@ class VAR(NextScaleGenerator):
         """
         if isinstance(self.head, PackedLinear):
             raise ValueError("a packed model cannot be cast; cast it before pack()")
-        quantizer = self.vqvae.quantizer.float()
-        for part in (self.transformer, self.head, *self.vqvae.children()):
-            if part is not quantizer:
-                part.to(dtype)
-        return self
+        return self.to(dtype)
 
     def pack(self) -> VAR:
         """Packs the transformer's weights for fast inference on the CPU, in place.

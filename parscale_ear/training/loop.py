@@ -110,7 +110,7 @@ class Progress:
     """Where a run stands; stored in its checkpoint."""
 
     step: int = 0  # steps done
-    seconds: float = 0.0  # wall clock spent, over all sessions
+    seconds: float = 0.0  # wall clock spent, over all sessions, without validation
 
     def fraction(self, config: LoopConfig) -> float:
         """0 at the start, 1 at the end."""
@@ -228,7 +228,9 @@ class Run:
                 if progress.seconds - validated >= 60 * config.validate_minutes:
                     validated = progress.seconds
                     if self.first:
+                        began = time.monotonic()
                         self._log(self.task.validate(self.average, progress.step))
+                        self._clock += time.monotonic() - began  # it is no training
                 if progress.seconds - saved >= 60 * config.checkpoint_minutes:
                     saved = progress.seconds
                     self._check(figures)

@@ -54,6 +54,34 @@ class Toy:
         assert not scalars
 
 
+class SlowToValidate(Toy):
+    """Every step takes a second of a clock of its own, a validation an hour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.now += 1
+        return super().loss(step)
+
+    def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+        self.now += 3600
+        return super().validate(model, step)
+
+
+def test_validation_takes_nothing_off_the_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = SlowToValidate()
+    monkeypatch.setattr("parscale_ear.training.loop.time.monotonic", lambda: task.now)
+    length = LoopConfig(minutes=2, precision="fp32", validate_minutes=0.5)
+    run = Run(task, length, tmp_path / "run")
+    assert run.train()
+    assert run.progress.step == 120
+    assert sum("error" in line for line in read_log(tmp_path / "run")) == 5  # the end's, too
+
+
 def config(steps: int = 40) -> LoopConfig:
     return LoopConfig(
         steps=steps, precision="fp32", log_steps=5, warmup_steps=5, learning_rate=0.03
