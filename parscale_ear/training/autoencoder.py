@@ -240,7 +240,7 @@ def _facts(
             if getattr(recipe, f"{name}_weight")
         },
         "grey_share": recipe.grey_share,
-        "latent_noise": 0.0 if stage == "sharp" else recipe.latent_noise,
+        "latent_noise": recipe.latent_noise,
         "precision": recipe.precision,
         "seed": recipe.seed,
         **used,

@@ -91,7 +91,7 @@ class AutoencoderTask:
     def _sharp_loss(self, step: int, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels, features, the critic's verdict, what all cells have in common, and colour."""
         with torch.no_grad():
-            latent = self.model.enhance(self.model.encode(images).mode())
+            latent = self.model.enhance(self._noisy(step, self.model.encode(images).mode()))
         restored = self.model.decode(latent)
         assert self.adversary is not None
         critic = self.adversary.critic

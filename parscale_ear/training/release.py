@@ -217,6 +217,8 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             crops = f"{stage['crops']} of {stage['side']}×{stage['side']}"
             if stage.get("grey_share"):
                 crops += f", {100 * stage['grey_share']:g} % grey"
+            if stage.get("latent_noise"):
+                crops += f", noise up to σ {stage['latent_noise']:g}"
             name, release = named_release(stage)
             earlier = "" if release == newest else f" ({release})"
             lines.append(

@@ -23,7 +23,7 @@ AUTOENCODER = {
     "final_rate": "after the first stage",
     "kl_weight": "of the mean KL an element",
     "grey_share": "of the crops, which are turned to grey",
-    "latent_noise": "largest σ in training",
+    "latent_noise": "largest σ of noise on the latents that are decoded, drawn a picture",
     "ssim_weight": "after the first stage",
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",

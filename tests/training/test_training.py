@@ -120,6 +120,28 @@ def test_latent_noise_has_the_strength_asked_for(
     assert abs(strengths.mean() - 0.2) < 0.02
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_decodes_noisy_latents_where_asked(
+    stage: str,
+    tiny: ParScaleEAR,
+    folder_of_pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    enhance = tiny.enhance
+    monkeypatch.setattr(tiny, "enhance", lambda x: (seen.append(x.detach()), enhance(x))[1])
+    for largest in (0.0, 0.4):
+        torch.manual_seed(0)
+        asked = recipe(tmp_path, latent_noise=largest)
+        tiny.latent_mean, tiny.latent_std = torch.zeros(4, 1, 1), torch.ones(4, 1, 1)
+        task_of(stage, tiny, folder_of_pictures, asked, tmp_path).loss(3)
+    exact, noisy = seen
+    strengths = (noisy - exact).std(dim=(1, 2, 3))
+    assert (strengths > 0).all()
+    assert (strengths < 0.6).all()  # of few numbers each
+
+
 def test_the_sharp_stage_is_held_to_colours(
     tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
 ) -> None:
