@@ -53,7 +53,7 @@ def test_stages_are_labelled_by_their_release(
             recipe = Recipe(
                 images=(str(run.parent),), start=str(tmp_path / "first" / "hybrid.safetensors"),
                 minutes=None, steps=4, batch=1, crop=32, final_crop=32, precision="fp32",
-                grey_share=0.25,
+                grey_share=0.25, latent_noise=0.4,
             )  # fmt: skip
             assert train_autoencoder(recipe, tmp_path / "run")
         monkeypatch.setattr(release, "__version__", version)
@@ -63,9 +63,11 @@ def test_stages_are_labelled_by_their_release(
     assert "(0." not in first
     rows = [line.split(" | ")[0] for line in second.splitlines() if " trained " not in line]
     labels = [row for row in rows if row.startswith(("| vae", "| hybrid", "| sharp", "| base"))]
-    assert ["25 % grey" in row for row in second.splitlines() if "| 1 of 32×32" in row] == [
-        "(0.7)" not in label for label in labels
-    ]
+    assert [
+        "25 % grey, noise up to σ 0.4" in row
+        for row in second.splitlines()
+        if "| 1 of 32×32" in row
+    ] == ["(0.7)" not in label for label in labels]
     assert labels == ["| vae (0.7)", "| hybrid (0.7)", "| vae", "| hybrid", "| sharp", "| baseline"]
 
 
