@@ -47,7 +47,7 @@ def measure_ear_streams(
     cases = [Case(count, "diverse") for count in counts]
     joined = [Case(count, "aggregate") for count in counts]
     streams = [ear_streams(model, case, seed) for case in (*cases, *joined)]
-    calls = [Case(1, "diverse") for _ in cases]  # as many calls of one picture as there are streams
+    calls = [Case(1, "diverse") for _ in cases]  # timings of P calls of one picture, by P
 
     def one_by_one(times: int, single: Case) -> None:
         for _ in range(times):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ci import _common as ci
-from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import from_uint8, to_uint8
@@ -40,7 +39,8 @@ def size_figures(device: torch.device, sides: Sequence[int]) -> list[dict[str, A
                 "psnr_db": float(np.mean(psnr(restored, pictures))),
                 "ssim": float(np.mean(ssim(restored, pictures))),
             }
-        tile = row["tile"] = _cutting_tile(side, models.values())
+        # In smaller pictures a tile with its margins is the whole picture.
+        tile = row["tile"] = min(TILE, side // 2) if side >= TILE else None
         images = from_uint8(pictures[:1]).to(device)
         with torch.inference_mode():
             row["tile_error"] = tile and max(
@@ -49,13 +49,6 @@ def size_figures(device: torch.device, sides: Sequence[int]) -> list[dict[str, A
             )
         rows.append(row)
     return rows
-
-
-def _cutting_tile(side: int, models: Iterable[ParScaleEAR]) -> int | None:
-    """The largest tile up to ``TILE`` that, with its margins, is less than the whole picture."""
-    radius = max(max(m.encoder.radius(), m.decoder.radius()) for m in models) * STRIDE
-    tile = min(TILE, side // 2, side - radius - STRIDE) // STRIDE * STRIDE
-    return tile if tile > 0 else None
 
 
 @torch.inference_mode()

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +258,17 @@ def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> d
     return index
 
 
+@dataclass
+class _Shard:
+    """What is there of the shard that is being encoded."""
+
+    names: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)  # of batches, (B, Z, h, w) each
+    mirrored: list[Tensor] = field(default_factory=list)
+
+
 def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
     """Encodes the shards of one process."""
     options = share.options
@@ -279,39 +288,38 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
         ahead=LOOKAHEAD * options.batch,
     )
     began = time.monotonic()
-    for place, shard in groupby(batches, key=itemgetter(0)):
-        names: list[str] = []
-        labels: list[int] = []
-        skipped: dict[str, str] = {}
-        parts: list[Tensor] = []
-        mirrored: list[Tensor] = []
-        for _, batch in shard:
-            read = time.monotonic()
-            waited += read - began
-            add_skipped(skipped, batch.skipped)
-            names += [ref.relative for ref in batch.refs]
-            labels += [share.classes.index(ref.label) if ref.label else -1 for ref in batch.refs]
-            if batch.refs:
-                images = torch.stack(batch.pixels)
-                parts.append(encode_pictures(model, images))
-                if options.mirror:
-                    mirrored.append(encode_pictures(model, images.flip(-1)))
-            encoded += len(batch.refs)
-            began = time.monotonic()
-            busy += began - read
-            progress(len(batch))
-        writing = time.monotonic()
+    shard = _Shard()
+    for place, batch in batches:
+        read = time.monotonic()
+        waited += read - began
+        add_skipped(shard.skipped, batch.skipped)
+        shard.names += [ref.relative for ref in batch.refs]
+        shard.labels += [share.classes.index(ref.label) if ref.label else -1 for ref in batch.refs]
+        if batch.refs:
+            images = torch.stack(batch.pixels)
+            shard.latents.append(encode_pictures(model, images))
+            if options.mirror:
+                shard.mirrored.append(encode_pictures(model, images.flip(-1)))
+        encoded += len(batch.refs)
+        began = time.monotonic()
+        busy += began - read
+        progress(len(batch))
+        number = numbers[place]
+        if len(shard.names) + len(shard.skipped) < len(share.refs[number]):
+            continue
+        # At once: nothing that happens to the next shard may cost this one.
         store.write_shard(
             share.out,
-            numbers[place],
-            torch.cat([empty, *parts]),
-            labels,
-            names,
-            mirrored=torch.cat([empty, *mirrored]) if options.mirror else None,
-            skipped=skipped,
+            number,
+            torch.cat([empty, *shard.latents]),
+            shard.labels,
+            shard.names,
+            mirrored=torch.cat([empty, *shard.mirrored]) if options.mirror else None,
+            skipped=shard.skipped,
             job=share.job,
         )
-        began += time.monotonic() - writing  # no waiting for pictures
+        shard = _Shard()
+        began = time.monotonic()  # writing is no waiting for pictures
     return {"waited": waited, "busy": busy, "encoded": encoded}
 
 

@@ -4,9 +4,10 @@ oneDNN reorders the weights of a plain linear layer at every call, which costs m
 tokens meet many weights: at the coarse scales. Here that is done once, and the activation behind
 a layer is computed with it. The operators are those that ``torch.compile`` puts in the same place.
 
-oneDNN's kernels take rows in blocks of 64, and a few rows behind the last whole block cost up to
-a block of their own (two AVX512-BF16 cores, the four layers of a block of VAR-d16: 64 rows 4.2 ms, 72
-rows 6.4 ms, 8 rows 1.1 ms). So these are multiplied by themselves: 5 % of a generation's tokens there.
+oneDNN's BF16 kernels take rows in blocks of 64, and a few rows behind the last whole block cost up
+to half a block more (two AVX512-BF16 cores, the four layers of a block of VAR-d16: 64 rows 4.2 ms, 72
+rows 6.4 ms, 8 rows 1.1 ms, 32 rows 2.3 ms, 96 rows 7.1 ms). So in BF16 these are multiplied by themselves:
+2 to 5 % of the time of one stream's tokens there.
 
 Shapes: M rows.
 """
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
         """(..., inputs) → (..., outputs)."""
         flat = x.flatten(0, -2)  # (M, inputs)
         left = len(flat) % ROW_BLOCK
-        if len(flat) < ROW_BLOCK or not 0 < left <= MOST_LEFT:
+        if flat.dtype != torch.bfloat16 or len(flat) < ROW_BLOCK or not 0 < left <= MOST_LEFT:
             parts = [flat]
         else:
             parts = [flat[:-left], flat[-left:]]

@@ -73,7 +73,7 @@ class Task(Protocol):
 class LoopConfig:
     """Length, optimizer and bookkeeping of one run."""
 
-    minutes: float | None = None  # length in minutes of wall clock, or ...
+    minutes: float | None = None  # length in minutes of wall clock without validation, or ...
     steps: int | None = None  # ... in steps; exactly one of the two
     learning_rate: float = 2e-3  # peak
     warmup_steps: int = 100  # linear rise from 0

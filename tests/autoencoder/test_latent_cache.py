@@ -161,6 +161,25 @@ def test_a_killed_job_goes_on(tmp_path: Path) -> None:
     assert json.loads(again.stdout.splitlines()[-1])["encoded"] == 0
 
 
+def test_what_ends_the_next_shard_leaves_the_finished_one(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = find_images([classes])
+    second, load = refs[OPTIONS.shard].key, ImageRef.load
+
+    def fails(ref: ImageRef) -> Image.Image:
+        if ref.key == second:
+            raise MemoryError
+        return load(ref)
+
+    monkeypatch.setattr(ImageRef, "load", fails)
+    with pytest.raises(MemoryError):
+        encode_folder(refs, tmp_path / "out", OPTIONS)
+    assert [path.name for path in (tmp_path / "out").glob("shard-*")] == [shard_name(0)]
+    monkeypatch.undo()
+    assert encode_folder(refs, tmp_path / "out", OPTIONS).pictures == 12
+
+
 def test_other_options_do_not_mix(classes: Path, tmp_path: Path) -> None:
     refs = find_images([classes])
     encode_folder(refs, tmp_path / "out", OPTIONS)

@@ -35,18 +35,28 @@ def test_any_number_of_rows(rows: int, gelu: bool, dtype: torch.dtype) -> None:
         assert again.shape == (2, rows // 2, 80)
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(8, [8]), (72, [64, 8]), (96, [64, 32]), (97, [97])])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "parts"),
+    [
+        (torch.bfloat16, 8, [8]),
+        (torch.bfloat16, 72, [64, 8]),
+        (torch.bfloat16, 96, [64, 32]),
+        (torch.bfloat16, 97, [97]),
+        (torch.float32, 72, [72]),
+    ],
+)
 def test_few_rows_behind_whole_blocks_are_multiplied_by_themselves(
-    rows: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, rows: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not can_pack(torch.float32):
-        pytest.skip("this PyTorch or CPU cannot pack FP32 weights")
-    layer, multiply, seen = PackedLinear(torch.randn(16, 16), None), packing._multiply, []
+    if not can_pack(dtype):
+        pytest.skip(f"this PyTorch or CPU cannot pack {dtype} weights")
+    weight = torch.randn(16, 16).to(dtype)
+    layer, multiply, seen = PackedLinear(weight, None), packing._multiply, []
 
     def spy(x: torch.Tensor, *others: Any) -> torch.Tensor:
         seen.append(len(x))
         return multiply(x, *others)
 
     monkeypatch.setattr(packing, "_multiply", spy)
-    layer(torch.randn(rows, 16))
+    layer(torch.randn(rows, 16).to(dtype))
     assert seen == parts
