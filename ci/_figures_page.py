@@ -20,7 +20,7 @@ from ci.validate_results import REPORTS, milestone_rows
 
 
 def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every table, each with hardware, dtype, sample count and date."""
+    """Every table, with hardware, dtype, sample count and date, or the training on record it is of."""
     sanity, latency, fid, ablation, streams, generation = (reports[name] for name in REPORTS)
     compared = latency["figures"]["against_autoencoder_tiny"]
     counts = sanity["figures"]["parameters"]
@@ -88,16 +88,16 @@ def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
         )
         + ". "
         + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
-        *_streams(streams["figures"]),
-        origin(streams, f"batch 1, {streams['settings']['num_runs']} rounds in turn"),
+        *_streams(streams),
         *_generation(generation["figures"]),
         origin(generation, f"{generation['figures']['pictures']} pictures"),
     ]
     return "\n".join(lines)
 
 
-def _streams(figures: Mapping[str, Any]) -> list[str]:
+def _streams(report: Mapping[str, Any]) -> list[str]:
     """Parallel streams beside the prototype's figures."""
+    figures, rounds = report["figures"], f"{report['settings']['num_runs']} rounds in turn"
     return [
         "",
         f"**Parallel streams** ({figures['model']}, one label, {figures['side']}×{figures['side']}, guidance; a "
@@ -112,9 +112,13 @@ def _streams(figures: Mapping[str, Any]) -> list[str]:
         "",
         markdown(_stream_tables.scale_head(figures), _stream_tables.scale_rows(figures)),
         "",
+        origin(report, f"batch 1, {rounds}; the calls one after the other once, afterwards"),
+        "",
         _stream_tables.trained_note(figures),
         "",
         markdown(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
+        "",
+        origin({**report, "dtype": "float32"}, f"{rounds}, the calls too"),
         "",
         markdown(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         "",
@@ -154,6 +158,8 @@ def _generation(figures: Mapping[str, Any]) -> list[str]:
             ]
     return [
         *lines,
+        f"As measured in this run, of {figures['pictures']:,} pictures:",
+        "",
         markdown(tables.HEAD, tables.rows(figures, figures["reference"]["ceiling"])),
         "",
         *(f"{note}  " for note in tables.generation_notes(figures)),
