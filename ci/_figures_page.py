@@ -18,24 +18,56 @@ from ci._tables import (
 )
 from ci.validate_results import REPORTS, milestone_rows
 
+Section = tuple[str, list[str]]
+DECODERS = (
+    "hybrid is the default, LiteVAE with Lite-Hybrid and the faithful decoder; baseline LiteVAE alone, by a "
+    "decoder trained to do without the hybrid; sharp the decoder for looks. In brackets: 95 % intervals."
+)
+SWITCHED = "full is the default as it ships; without a branch, its output is 0 and nothing is trained anew."
+
 
 def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Every table, with hardware, dtype, sample count and date, or the training on record it is of."""
     sanity, latency, fid, ablation, streams, generation = (reports[name] for name in REPORTS)
-    compared = latency["figures"]["against_autoencoder_tiny"]
-    counts = sanity["figures"]["parameters"]
+    sections: list[Section] = [
+        ("Size and latency", _latency(sanity, latency)),
+        ("Reconstruction", [DECODERS, "", *_distances(fid)]),
+        *_quality(fid),
+        ("Half precision", _precision(sanity)),
+        ("Ablation by switching branches off", _switched_off(ablation)),
+        *_training(),
+        *_streams(streams),
+        *_generation(generation),
+        (
+            "Milestones",
+            [
+                markdown(
+                    ("milestone", "target", "value", "limit", "status"),
+                    [row[:5] for row in milestone_rows(reports)],
+                )
+            ],
+        ),
+    ]
+    contents = [f"- [{title}](#{anchor(title)})" for title, _ in sections]
+    written = ["\n".join([f"## {title}", "", *lines]).rstrip() for title, lines in sections]
+    return "\n\n".join(["\n".join(contents), *written])
+
+
+def anchor(title: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _latency(sanity: Mapping[str, Any], latency: Mapping[str, Any]) -> list[str]:
+    counts, compared = (
+        sanity["figures"]["parameters"],
+        latency["figures"]["against_autoencoder_tiny"],
+    )
     lines = [
         f"Parameters: encoder {counts['encoder']:,}, hybrid {counts['hybrid']:,}, "
-        f"decoder {counts['decoder']:,}, together {counts['total']:,}.",
-        "",
-        "**Milestones**",
-        "",
-        markdown(
-            ("milestone", "target", "value", "limit", "status"),
-            [row[:5] for row in milestone_rows(reports)],
-        ),
-        "",
-        f"**Latency** ({latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image)",
+        f"decoder {counts['decoder']:,}, together {counts['total']:,}; "
+        f"{latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image, there and back.",
         "",
         markdown(
             ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
@@ -53,86 +85,121 @@ def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
         origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
     ]
     if compared is not None:
-        lines.append(
+        lines += [
+            "",
             f"In the same run, plain FP32, batch {compared['batch_size']}: "
             f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
-            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs)."
-        )
+            f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs).",
+        ]
     if latency["device_type"] != "cuda":
-        lines.append("**Not measured on a GPU yet.**")
-    for title, report in (
-        ("Reconstruction", fid),
-        ("Ablation by switching branches off", ablation),
-    ):
-        figures = report["figures"]
-        reference = figures["reference"]
-        samples = f"{reference['pictures']} crops of {reference['scenes']} scenes"
-        rows = distance_rows(figures)
-        head = distance_head(figures)
-        lines += ["", f"**{title}**", "", markdown(head, rows), "", origin(report, samples)]
-        if reference["warning"]:
-            lines.append(f"Note: {reference['warning']}.")
-    lines += _quality(fid["figures"])
-    used = ", ".join(f"{k}: {v}" for k, v in ablation["figures"]["branches"].items())
-    lines.append(f"Branches in the trained model — {used} (used is not the same as worth it).")
-    precision = sanity["figures"]["precision"]
-    lines += [
-        "",
-        "**Half precision** against FP32 on the same photographs: "
-        + "; ".join(
-            f"{decoder} decoder, {name}: relative error {row['relative_error']:.1e}, "
-            f"{row['psnr_lost_db']:+.4f} dB lost"
-            for decoder, rows in precision.items()
-            for name, row in rows.items()
-            if name != "float32"
-        )
-        + ". "
-        + origin(sanity, f"{sanity['figures']['reference']['pictures']} crops"),
-        *_streams(streams),
-        *_generation(generation["figures"]),
-        origin(generation, f"{generation['figures']['pictures']} pictures"),
-    ]
-    return "\n".join(lines)
+        lines += ["", "**Not measured on a GPU yet.**"]
+    return lines
 
 
-def _streams(report: Mapping[str, Any]) -> list[str]:
-    """Parallel streams beside the prototype's figures."""
-    figures, rounds = report["figures"], f"{report['settings']['num_runs']} rounds in turn"
+def _distances(report: Mapping[str, Any]) -> list[str]:
+    figures = report["figures"]
+    reference = figures["reference"]
+    samples = f"{reference['pictures']} crops of {reference['scenes']} scenes"
+    head, rows = distance_head(figures), distance_rows(figures)
+    lines = [markdown(head, rows), "", origin(report, samples)]
+    if reference["warning"]:
+        lines += ["", f"Note: {reference['warning']}."]
+    return lines
+
+
+def _switched_off(report: Mapping[str, Any]) -> list[str]:
+    used = ", ".join(f"{k}: {v}" for k, v in report["figures"]["branches"].items())
     return [
+        SWITCHED,
         "",
-        f"**Parallel streams** ({figures['model']}, one label, {figures['side']}×{figures['side']}, guidance; a "
-        "generation "
-        "with its decoder, and its tokens alone)",
+        *_distances(report),
         "",
-        markdown(_stream_tables.stream_head(), _stream_tables.stream_rows(figures)),
+        f"Branches in the trained model: {used} (used is not the same as worth it).",
+    ]
+
+
+def _precision(report: Mapping[str, Any]) -> list[str]:
+    """What half precision loses."""
+    rows = [
+        (decoder, name, f"{row['relative_error']:.1e}", f"{row['psnr_lost_db']:+.4f}")
+        for decoder, rows in report["figures"]["precision"].items()
+        for name, row in rows.items()
+        if name != "float32"
+    ]
+    return [
+        "Against FP32 on the same photographs.",
         "",
-        *(f"{note}  " for note in _stream_tables.stream_notes(figures)),
+        markdown(("decoder", "dtype", "relative error", "PSNR lost, dB"), rows),
         "",
-        f"{_stream_tables.SCALES_TITLE}:",
-        "",
-        markdown(_stream_tables.scale_head(figures), _stream_tables.scale_rows(figures)),
-        "",
-        origin(report, f"batch 1, {rounds}; the calls one after the other once, afterwards"),
-        "",
-        _stream_tables.trained_note(figures),
-        "",
-        markdown(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
-        "",
-        origin({**report, "dtype": "float32"}, f"{rounds}, the calls too"),
-        "",
-        markdown(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
-        "",
-        _stream_tables.PROTOTYPE_NOTE,
-        "",
+        origin(
+            {**report, "dtype": ", ".join(next(iter(report["figures"]["precision"].values())))},
+            f"{report['figures']['reference']['pictures']} crops",
+        ),
+    ]
+
+
+def _streams(report: Mapping[str, Any]) -> list[Section]:
+    """Parallel streams, beside the prototype's figures."""
+    tables, figures = _stream_tables, report["figures"]
+    rounds = f"{report['settings']['num_runs']} rounds in turn"
+    return [
+        (
+            "Parallel streams: VAR",
+            [
+                f"{figures['model']}, one label, {figures['side']}×{figures['side']}, guidance; a "
+                "generation with its decoder, and its tokens alone.",
+                "",
+                markdown(tables.stream_head(), tables.stream_rows(figures)),
+                "",
+                *(f"{note}  " for note in tables.stream_notes(figures)),
+                "",
+                f"{tables.SCALES_TITLE}:",
+                "",
+                markdown(tables.scale_head(figures), tables.scale_rows(figures)),
+                "",
+                origin(
+                    report, f"batch 1, {rounds}; the calls one after the other once, afterwards"
+                ),
+                "",
+                markdown(tables.PROTOTYPE_HEAD, tables.PROTOTYPE_ROWS),
+                "",
+                tables.PROTOTYPE_NOTE,
+            ],
+        ),
+        (
+            "Parallel streams: EnergyAR",
+            [
+                tables.trained_note(figures),
+                "",
+                markdown(tables.TRAINED_HEAD, tables.trained_rows(figures)),
+                "",
+                origin({**report, "dtype": "float32"}, f"{rounds}, the calls too"),
+            ],
+        ),
         *_worth(figures),
     ]
 
 
-def _generation(figures: Mapping[str, Any]) -> list[str]:
+def _worth(figures: Mapping[str, Any]) -> list[Section]:
+    tables = _stream_tables
+    sections: list[Section] = []
+    evidence = _evidence.read(_evidence.STREAMS)
+    if evidence is not None:
+        rows = markdown(tables.WORTH_HEAD, tables.worth_rows(evidence))
+        sections.append((tables.WORTH_TITLE, [rows, "", tables.worth_text(evidence)]))
+    evidence = _evidence.read(_evidence.EAR_STREAMS)
+    if evidence is not None:
+        rows = markdown(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures))
+        text = tables.ear_worth_text(evidence, figures)
+        sections.append((tables.EAR_WORTH_TITLE, [rows, "", text]))
+    return sections
+
+
+def _generation(report: Mapping[str, Any]) -> list[Section]:
     """Drawn pictures, as judged and as measured in the run."""
-    tables = _generation_tables
+    tables, figures = _generation_tables, report["figures"]
     judged = _evidence.read(_evidence.JUDGED)
-    lines = ["", "**Drawn pictures** (the shipped EnergyAR)", ""]
+    lines = ["The shipped EnergyAR.", ""]
     if judged is not None:
         lines += [
             markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
@@ -145,80 +212,61 @@ def _generation(figures: Mapping[str, Any]) -> list[str]:
             tables.NEIGHBOUR_NOTE,
             "",
         ]
-    for title, path in _evidence.HEAD_COMPARISONS.items():
-        heads = _evidence.read(path)
-        if heads is not None:
-            lines += [
-                f"{title}:",
-                "",
-                markdown(tables.HEADS_HEAD, tables.head_rows(heads)),
-                "",
-                tables.head_text(heads),
-                "",
-            ]
-    return [
-        *lines,
+    lines += [
         f"As measured in this run, of {figures['pictures']:,} pictures:",
         "",
         markdown(tables.HEAD, tables.rows(figures, figures["reference"]["ceiling"])),
         "",
         *(f"{note}  " for note in tables.generation_notes(figures)),
         "",
+        origin(report, f"{figures['pictures']} pictures"),
+    ]
+    sections = [("Drawn pictures", lines)]
+    for title, path in _evidence.HEAD_COMPARISONS.items():
+        heads = _evidence.read(path)
+        if heads is not None:
+            rows = markdown(tables.HEADS_HEAD, tables.head_rows(heads))
+            sections.append((title, [rows, "", tables.head_text(heads)]))
+    return sections
+
+
+def _quality(report: Mapping[str, Any]) -> list[Section]:
+    """Sizes, latent and published tokenizers."""
+    figures = report["figures"]
+    crops = f"{figures['reference']['pictures']} crops"
+    return [
+        (
+            "By size",
+            [
+                markdown(SIZE_HEAD, size_rows(figures["sizes"])),
+                "",
+                "; ".join(f"{row['side']}: {row['source']}" for row in figures["sizes"]) + ".",
+                "",
+                origin(report, "pictures as in the table"),
+            ],
+        ),
+        ("The latent", [f"{latent_line(figures['latent'])}.", "", origin(report, crops)]),
+        (
+            "Beside published tokenizers",
+            [markdown(TOKENIZER_HEAD, tokenizer_rows()), "", TOKENIZER_NOTE],
+        ),
     ]
 
 
-def _worth(figures: Mapping[str, Any]) -> list[str]:
-    tables, lines = _stream_tables, []
-    evidence = _evidence.read(_evidence.STREAMS)
-    if evidence is not None:
-        lines += [
-            f"**{tables.WORTH_TITLE}**",
-            "",
-            markdown(tables.WORTH_HEAD, tables.worth_rows(evidence)),
-            "",
-            tables.worth_text(evidence),
-            "",
-        ]
-    evidence = _evidence.read(_evidence.EAR_STREAMS)
-    if evidence is not None:
-        lines += [
-            f"**{tables.EAR_WORTH_TITLE}**",
-            "",
-            markdown(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures)),
-            "",
-            tables.ear_worth_text(evidence, figures),
-            "",
-        ]
-    return lines
-
-
-def _quality(figures: Mapping[str, Any]) -> list[str]:
-    """Sizes, latent, published tokenizers and the controlled training."""
-    lines = [
-        "",
-        "**By size**",
-        "",
-        markdown(SIZE_HEAD, size_rows(figures["sizes"])),
-        "",
-        "; ".join(f"{row['side']}: {row['source']}" for row in figures["sizes"]) + ".",
-        "",
-        f"**The latent**: {latent_line(figures['latent'])}.",
-        "",
-        "**Beside published tokenizers**",
-        "",
-        markdown(TOKENIZER_HEAD, tokenizer_rows()),
-        "",
-        TOKENIZER_NOTE,
-        "",
-    ]
+def _training() -> list[Section]:
+    """The controlled training with and without hybrid, on record."""
     evidence = _evidence.read(_evidence.TRAINING)
-    if evidence is not None:
-        lines += [
-            "**What the hybrid is worth**: PSNR in dB of models trained alike with and without it "
-            f"({evidence['steps']:,} steps, {len(evidence['seeds'])} seeds), and the difference to "
-            "the hybrid.",
-            "",
-            markdown(training_head(evidence), training_rows(evidence)),
-            "",
-        ]
-    return lines
+    if evidence is None:
+        return []
+    lines = [
+        f"PSNR in dB of models trained alike with and without it ({evidence['steps']:,} steps, "
+        f"{len(evidence['seeds'])} seeds), and the difference to the hybrid.",
+        "",
+        markdown(training_head(evidence), training_rows(evidence)),
+        "",
+        f"On record: {evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']} a step out "
+        f"of {', '.join(evidence['images'])}, autocast {evidence['precision']}; {evidence['pictures']} "
+        f"pictures of {', '.join(evidence['validation'])}, float32; torch {evidence['torch']}. In "
+        "brackets: 95 % intervals over seeds and pictures.",
+    ]
+    return [("What the hybrid is worth", lines)]

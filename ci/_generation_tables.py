@@ -1,4 +1,4 @@
-"""Tables of drawn pictures, for the terminal, the report and the README."""
+"""Tables of drawn pictures, for the terminal, the report and docs/figures.md."""
 
 from __future__ import annotations
 

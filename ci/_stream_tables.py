@@ -1,4 +1,4 @@
-"""Tables of the parallel streams, for the terminal, the report and the README."""
+"""Tables of the parallel streams, for the terminal, the report and docs/figures.md."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def scale_head(figures: Mapping[str, Any]) -> tuple[str, ...]:
     return ("", *(str(k + 1) for k in range(len(figures["cases"][0]["scale_s"]))))
 
 
-WORTH_TITLE = "What P streams are worth"
+WORTH_TITLE = "What P streams that draw one picture together are worth: VAR"
 WORTH_HEAD = ("streams", "steps of training", "validation loss, nats a token", "minus one stream")
 
 

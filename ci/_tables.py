@@ -1,4 +1,4 @@
-"""Rows of the tables that the HTML report and the README both show."""
+"""Rows of the tables that the HTML report and docs/figures.md both show."""
 
 from __future__ import annotations
 

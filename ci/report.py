@@ -1,4 +1,4 @@
-"""Turns the reports of a run into results/report.html, and the README's figures from docs/results.
+"""Turns the reports of a run into results/report.html, and README and docs from docs/results.
 
 ``--keep`` copies a full run's reports to docs/results; ``--readme`` writes the figures of README
 and docs from there, and the README's pictures. Both are for maintainers, after a run that is to be
@@ -399,7 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
     parser.add_argument("--keep", action="store_true", help="copy the reports to docs/results")
     parser.add_argument(
-        "--readme", action="store_true", help="write the README's figures from docs/results"
+        "--readme",
+        action="store_true",
+        help="write the figures of README.md and docs/, and docs/pictures, from docs/results",
     )
     arguments = parser.parse_args(argv)
     reports, problems = read_reports(arguments.results)

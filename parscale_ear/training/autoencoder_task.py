@@ -81,7 +81,7 @@ class AutoencoderTask:
         if kl is not None:
             loss = loss + self.recipe.kl_weight * kl
             parts["kl_nats"] = kl.detach()
-        if self.stage != "vae" and self.recipe.ssim_weight:
+        if self.recipe.ssim_weight:
             # Half of them, as it is slow: of even batches the same half for any number of processes.
             structure = ssim_loss(restored[::2], images[::2])
             loss = loss + self.recipe.ssim_weight * structure

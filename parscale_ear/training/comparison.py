@@ -215,6 +215,7 @@ def compare(
         "learning_rate": recipe.learning_rate,
         "precision": recipe.precision,
         "latent_noise": recipe.latent_noise,
+        "ssim_weight": recipe.ssim_weight,
         "pictures": len(pictures),
         "validation": [Path(path).name for path in validation],
         "images": [Path(path).name for path in images],

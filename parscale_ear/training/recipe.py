@@ -21,7 +21,7 @@ TRAINED = {
 SHARP_KEEPS = ("hybrid", "decoder.latent4", "decoder.features4")  # what sharp leaves as it is
 LAST_UNNAMED = "0.5"  # the last release whose weights do not say of which release they are
 LOSSES = {  # weighted terms beside the log MSE
-    "vae": ("kl",),
+    "vae": ("kl", "ssim"),
     "hybrid": ("kl", "ssim"),
     "baseline": ("ssim",),
     "sharp": ("feature", "adversarial", "pattern", "chroma"),
@@ -48,7 +48,7 @@ class Recipe:
     kl_weight: float = 1e-4  # of the mean KL an element, in nats
     grey_share: float = 0.0  # of the crops, which are turned to grey
     latent_noise: float = 0.0  # largest σ of noise on the normalised latent, drawn a picture
-    ssim_weight: float = 0.05  # of 1 − SSIM in the stages hybrid and baseline
+    ssim_weight: float = 0.05  # of 1 − SSIM in all stages but sharp
     feature_weight: float = 0.3  # of the feature loss in stage sharp
     adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
     pattern_weight: float = 5000.0  # of the error that all 8×8 cells share, in stage sharp

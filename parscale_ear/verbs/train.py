@@ -24,7 +24,7 @@ AUTOENCODER = {
     "kl_weight": "of the mean KL an element",
     "grey_share": "of the crops, which are turned to grey",
     "latent_noise": "largest σ of noise on the latents that are decoded, drawn a picture",
-    "ssim_weight": "after the first stage",
+    "ssim_weight": "of 1 − SSIM, in all stages but sharp",
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",
     "pattern_weight": "of the error that all 8x8 cells share, likewise",
@@ -205,7 +205,7 @@ def _add_common(
         "--minutes",
         type=float,
         default=defaults["minutes"],
-        help=f"of {of} (default {defaults['minutes']:g})",
+        help=f"of {of}, validation not counted (default {defaults['minutes']:g})",
     )
     length.add_argument("--steps", type=int, help=f"of {of}, instead of minutes")
     model.add_argument("--out", required=True, type=Path, help="the run's folder")

@@ -158,6 +158,23 @@ def test_the_sharp_stage_is_held_to_colours(
     assert held - without == pytest.approx(50 * squared, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "sharp"])
+def test_structure_counts_in_every_stage_but_sharp(
+    stage: str, tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    def measured(weight: float) -> tuple[float, dict[str, Tensor]]:
+        tiny.latent_mean, tiny.latent_std = torch.zeros(4, 1, 1), torch.ones(4, 1, 1)
+        asked = recipe(tmp_path, ssim_weight=weight)
+        loss, parts = task_of(stage, tiny, folder_of_pictures, asked, tmp_path).loss(3)
+        return loss.item(), parts
+
+    (without, parts), (held, told) = measured(0.0), measured(5.0)
+    assert "ssim" not in parts
+    missing = 1 - told["ssim"].item()
+    assert missing > 0.1
+    assert held - without == pytest.approx(5 * missing, rel=1e-4)
+
+
 def test_it_starts_from_given_weights(folder_of_pictures: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train_autoencoder(recipe(folder_of_pictures, steps=5), first)
