@@ -243,7 +243,8 @@ def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | Non
         f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
         f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, bootstrap "
-        f"over pictures.{cost} {_ear_verdict(evidence, figures)}"
+        f"over pictures. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
+        f"torch {evidence['torch']}.{cost} {_ear_verdict(evidence, figures)}"
     )
 
 

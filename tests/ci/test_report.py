@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ci._figures_page
 import ci._readme
 import ci.report
 from ci import _common, _stream_tables
@@ -43,6 +44,27 @@ def test_the_readmes_figures_are_the_committed_ones(kept: dict[str, dict[str, An
     assert ci._readme.with_figures(figures, kept) == figures
     trials = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert ci._readme.with_trials(trials) == trials
+
+
+def test_the_contents_of_the_figures_lead_to_every_section(kept: dict[str, dict[str, Any]]) -> None:
+    page = ci._figures_page.all_figures(kept)
+    links = re.findall(r"^- \[(.+)\]\(#(.+)\)$", page, re.MULTILINE)
+    assert [title for title, _ in links] == re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert len({anchor for _, anchor in links}) == len(links)
+    assert dict(links)["Parallel streams: VAR"] == "parallel-streams-var"
+
+
+def test_every_section_of_the_figures_says_where_it_is_from(
+    kept: dict[str, dict[str, Any]],
+) -> None:
+    sections = re.split(r"^## ", ci._figures_page.all_figures(kept), flags=re.MULTILINE)[1:]
+    measured = (
+        r"torch \d|the model card beside|imagenette128-val.tar|through the sharp decoder of \d"
+    )
+    for section in sections:
+        title = section.splitlines()[0]
+        if title != "Milestones":  # those are of the sections above
+            assert re.search(measured, section), title
 
 
 @pytest.mark.parametrize("name", ci._readme.PICTURES)
@@ -169,7 +191,8 @@ def test_the_verdict_on_streams_is_what_the_intervals_say(
         ],
         "model": "EnergyAR", "parameters": {"total": 6_700_000}, "backbone": "frozen", "batch": 64,
         "prefix_tokens": 16, "pictures": 100, "judged_pictures": 2000,
-        "settings": {"guidance": 1.0, "temperature": 0.9},
+        "settings": {"guidance": 1.0, "temperature": 0.9}, "version": "0.1", "data": ["x.tar"],
+        "torch": "2",
     }  # fmt: skip
     costs = [
         {"streams": 1, "median_s": 0.05, "cache_bytes": 2**20, "loaded_bytes": 2**29,
