@@ -267,6 +267,7 @@ def _training() -> list[Section]:
         f"On record: {evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']} a step out "
         f"of {', '.join(evidence['images'])}, autocast {evidence['precision']}; {evidence['pictures']} "
         f"pictures of {', '.join(evidence['validation'])}, float32; torch {evidence['torch']}. In "
-        "brackets: 95 % intervals over seeds and pictures.",
+        "brackets: intervals over seeds and pictures, meant for 95 %; in simulations their formula held in "
+        "92 % (docs/experiments.md).",
     ]
     return [("What the hybrid is worth", lines)]
