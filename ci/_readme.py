@@ -32,7 +32,7 @@ PICTURES = {  # below docs/pictures
 }
 PICTURE_FOLDER = ci.ROOT / "docs" / "pictures"
 GLOSSARY = (
-    "The eager twin is a plain implementation of the same VAR, FP32 weights under BF16 autocast; t(P) the time of "
+    "The eager twin is a plain implementation of the same VAR, FP32 weights under autocast in the dtype that is timed; t(P) the time of "
     "P streams; tokens, a generation without its decoder; the roof, what the hardware did at its best in the same "
     "run; trained alike, by the same recipe and as long."
 )

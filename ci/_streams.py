@@ -24,6 +24,7 @@ from torch import Tensor
 from ci import _common as ci
 from parscale_ear.checkpoint import tensor_bytes
 from parscale_ear.data.images import to_uint8
+from parscale_ear.device import multiplies_bf16
 from parscale_ear.generator.attention import spare_pages
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.packing import can_pack
@@ -98,11 +99,17 @@ def load_fp32(source: Source, device: torch.device, seed: int) -> VAR:
     return VAR(VARConfig(depth=source.depth)).to(device).eval()
 
 
+def timed_dtype(device: torch.device) -> torch.dtype:
+    """BF16, or FP32 where the device has no kernels for BF16 and would be slower by it."""
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+
+
 def as_timed(var: VAR) -> tuple[VAR, bool]:
-    """The model as it is timed: BF16, packed on the CPU where that is possible."""
-    var.set_dtype(torch.bfloat16)
+    """The model as it is timed: in its dtype, packed on the CPU where that is possible."""
     device = var.transformer.positions.device
-    packs = device.type == "cpu" and can_pack(torch.bfloat16)
+    dtype = timed_dtype(device)
+    var.set_dtype(dtype)
+    packs = device.type == "cpu" and can_pack(dtype)
     return (var.pack() if packs else var), packs
 
 
@@ -323,18 +330,23 @@ def _measure_here(request: dict[str, Any]) -> dict[str, int | None]:
 # --- the roof ---
 
 
-def roof_seconds(var: VAR, flops: Sequence[float], flops_per_s: float, bytes_per_s: float) -> float:
+def roof_seconds(
+    var: VAR, flops: Sequence[float], flops_per_s: float, bytes_per_s: float, dtype: torch.dtype
+) -> float:
     """What a generation takes at least: a scale computes, or reads all weights, at the roof.
 
     Args:
-        var: the model; BF16 weights of blocks and head are read once a scale.
+        var: the model; weights of blocks and head are read once a scale.
         flops: of every scale.
         flops_per_s: the compute roof.
         bytes_per_s: the memory roof.
+        dtype: of the weights.
     """
     config = var.config.transformer
     per_block = (4 + 2 * config.mlp_ratio) * config.width**2
-    weights = 2 * (config.depth * per_block + config.width * var.config.vqvae.vocabulary)
+    weights = dtype.itemsize * (
+        config.depth * per_block + config.width * var.config.vqvae.vocabulary
+    )
     return sum(max(count / flops_per_s, weights / bytes_per_s) for count in flops)
 
 

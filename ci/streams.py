@@ -44,6 +44,7 @@ from ci._streams import (
     run_alternately,
     run_case,
     streams_for,
+    timed_dtype,
 )
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
@@ -57,6 +58,7 @@ from parscale_ear.metrics.features import (
 )
 from parscale_ear.profiling.redflags import NOISY_RULES, find_red_flags
 from parscale_ear.profiling.roofline import measure_roof
+from parscale_ear.training.loop import autocast_for
 from tests.generator.eager_var import eager_tokens
 
 TWIN_RATIO = 1.5  # times faster than the eager twin
@@ -111,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ci.UsageError(
                 f"--streams-weights holds {trained.count} streams; name {trained.count} in --counts"
             )
-    roof = measure_roof(device, torch.bfloat16, runs=3 if arguments.quick else 10)
+    dtype = timed_dtype(device)
+    roof = measure_roof(device, dtype, runs=3 if arguments.quick else 10)
     var, packed = as_timed(copy.deepcopy(twin))
     sequential, twin_seconds = _time(var, twin, source, cases, runs, pairs, options)
     error = _logits_error(var, twin, options)
@@ -136,8 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         flops = row["flops_by_scale"]
         row["kind"] = kind
         row["sequential_s"] = sequential.get(case.streams) if case.mode == "diverse" else None
-        row["roof_s"] = roof_seconds(var, flops, roof.flops_per_s, roof.bytes_per_s)
-        row["h100_roof_s_computed"] = roof_seconds(var, flops, H100_FLOPS_PER_S, H100_BYTES_PER_S)
+        row["roof_s"] = roof_seconds(var, flops, roof.flops_per_s, roof.bytes_per_s, dtype)
+        row["h100_roof_s_computed"] = roof_seconds(
+            var, flops, H100_FLOPS_PER_S, H100_BYTES_PER_S, torch.bfloat16
+        )
         rows.append(row)
     for row in rows:
         row["efficiency"] = row["streams"] * rows[0]["median_s"] / row["median_s"]
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **_inception_scores(cases, device),
     }
     _print(figures)
-    fields = ci.common_fields(device, torch.bfloat16, arguments.seed)
+    fields = ci.common_fields(device, dtype, arguments.seed)
     settings = {"num_runs": runs, "batch_size": 1, "counts": counts, **options}
     targets = _targets(figures, device, arguments.quick)
     return ci.finish("M2-4", "parallel streams", arguments, fields, settings, figures, targets)
@@ -195,7 +200,7 @@ def _time(
     def eager() -> None:
         generator = torch.Generator(device).manual_seed(options["seed"])
         start = now(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast_for("auto", device):
             eager_tokens(
                 twin, [options["label"]], guidance=options["guidance"], generator=generator
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 DTYPES: dict[str | None, torch.dtype | None] = {
@@ -33,6 +35,26 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: only cpu and cuda are supported")
     return device
+
+
+@cache
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
+        return False
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether PyTorch multiplies BF16 on a device by kernels made for it.
+
+    Without them (CPUs with neither AVX-512 nor Arm's BF16; GPUs before Ampere) every number is
+    converted one by one or emulated: on a two-core Zen 3 that has AVX2 alone, a product of 256×256
+    matrices in BF16 takes 61 times as long as in FP32, and the autoencoder three times.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return _cpu_multiplies_bf16()
 
 
 def default_dtype(device: torch.device) -> str:

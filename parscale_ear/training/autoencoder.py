@@ -35,7 +35,7 @@ from parscale_ear.data.crops import RandomCrops, scan_sizes
 from parscale_ear.data.images import load_squares
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.folder import Claim, split_pictures
-from parscale_ear.training.loop import Run, read_log
+from parscale_ear.training.loop import Run, read_log, resolve_precision
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.recipe import (
     LOSSES,
@@ -226,6 +226,7 @@ def _facts(
 ) -> dict[str, Any]:
     """What the header of a weight file says about its training; ``used``: how many pictures."""
     side, batch = recipe.crops(stage)
+    precision = resolve_precision(recipe.precision, run.world.device)
     ours = {
         "stage": stage,
         "trains": TRAINED[stage],
@@ -241,7 +242,7 @@ def _facts(
         },
         "grey_share": recipe.grey_share,
         "latent_noise": recipe.latent_noise,
-        "precision": recipe.precision,
+        "precision": precision,
         "seed": recipe.seed,
         **used,
         "images": [Path(path).name for path in recipe.images],
@@ -251,7 +252,7 @@ def _facts(
         "history": [*history, ours],
         "validation": {
             "pictures": validation_pictures,
-            "precision": recipe.precision,
+            "precision": precision,
             "psnr_db": quality.get("psnr_db"),
             "ssim": quality.get("ssim"),
         },

@@ -20,6 +20,7 @@ from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
+from parscale_ear.training.loop import autocast_dtype
 from parscale_ear.training.losses import chroma_loss, log_mse_loss, pattern_loss, ssim_loss
 from parscale_ear.training.perceptual import Critic, FeatureLoss
 from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
@@ -170,10 +171,8 @@ class AutoencoderTask:
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """PSNR and SSIM on the validation pictures; writes some of them beside their originals."""
         assert isinstance(model, ParScaleEAR)
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
-        restored = reconstruct_pictures(
-            model, self.validation, autocast=dtype[self.recipe.precision]
-        )
+        dtype = autocast_dtype(self.recipe.precision, self.world.device)
+        restored = reconstruct_pictures(model, self.validation, autocast=dtype)
         shown = [self.validation[:PICTURES_SHOWN], restored[:PICTURES_SHOWN]]
         save_png(grid([list(row) for row in shown]), self.folder / f"validation_{step:07d}.png")
         return mean_quality(restored, self.validation)

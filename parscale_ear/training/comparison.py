@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.folder import Claim
-from parscale_ear.training.loop import LoopConfig, Run, TrainingError
+from parscale_ear.training.loop import LoopConfig, Precision, Run, TrainingError, resolve_precision
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import Recipe
 
@@ -213,7 +213,7 @@ def compare(
         "crops_a_step": recipe.batch,
         "crop": recipe.crop,
         "learning_rate": recipe.learning_rate,
-        "precision": recipe.precision,
+        "precision": resolve_precision(recipe.precision, torch.device("cpu")),
         "latent_noise": recipe.latent_noise,
         "ssim_weight": recipe.ssim_weight,
         "pictures": len(pictures),
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch", type=int, default=16, help="crops a step")
     parser.add_argument("--crop", type=int, default=128, help="side of a crop, pixels")
-    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--latent-noise", type=float, default=0.0)
     parser.add_argument("--out", type=Path, required=True, help="the trainings' folder")

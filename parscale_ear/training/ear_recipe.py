@@ -52,7 +52,7 @@ class EARRecipe:
     input_noise: float = 0.0  # largest deviation of noise on what is known
     label_dropout: float = 0.1  # share of labels left out, for guidance
     seed: int = 0  # of weights, order and noise
-    precision: Precision = "bf16"  # autocast dtype
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 where the device has kernels for it
     device: str = "cpu"  # torch device
 
     def __post_init__(self) -> None:

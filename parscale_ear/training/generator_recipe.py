@@ -36,7 +36,7 @@ class VARRecipe:
     feature_weight: float = 0.3  # of the feature loss in the tokenizer
     label_dropout: float = 0.1  # share of labels left out, for guidance
     seed: int = 0  # of weights, order and noise
-    precision: Precision = "bf16"  # autocast dtype
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 where the device has kernels for it
     device: str = "cpu"  # torch device
 
     def __post_init__(self) -> None:

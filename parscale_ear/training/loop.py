@@ -28,6 +28,7 @@ from torch.amp.grad_scaler import GradScaler
 from tqdm import tqdm
 
 from parscale_ear import checkpoint
+from parscale_ear.device import multiplies_bf16
 from parscale_ear.training.distributed import OneProcess, World
 from parscale_ear.training.optimizer import (
     build_adversarial_optimizer,
@@ -36,7 +37,7 @@ from parscale_ear.training.optimizer import (
     unpack_optimizer,
 )
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Optimizer = Literal["muon", "adam"]  # adam: without momentum, to train against a critic
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
@@ -80,7 +81,7 @@ class LoopConfig:
     final_rate: float = 0.01  # the last rate as a fraction of the peak (cosine between)
     weight_average: float = 0.999  # decay of the exponential moving average, a step
     clip_norm: float = 1.0  # limit of the gradient's norm
-    precision: Precision = "bf16"  # autocast dtype; fp32: no autocast
+    precision: Precision = "auto"  # autocast dtype; see :func:`resolve_precision`
     optimizer: Optimizer = "muon"
     log_steps: int = 50  # steps between lines of the log
     checkpoint_minutes: float = 4.0  # between checkpoints
@@ -118,6 +119,28 @@ class Progress:
             return min(1.0, self.step / config.steps)
         assert config.minutes is not None
         return min(1.0, self.seconds / (60 * config.minutes))
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """``auto`` → bf16 where the device has kernels for it, else fp32; others stay.
+
+    fp32 means no autocast.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None: no autocast."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes.get(resolve_precision(precision, device))
+
+
+def autocast_for(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context in which a training computes on a device."""
+    dtype = autocast_dtype(precision, device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def check_seed(seed: int) -> None:
@@ -248,8 +271,7 @@ class Run:
         rate = learning_rate(self.config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        dtype = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype, enabled=self.config.precision != "fp32"):
+        with autocast_for(self.config.precision, self.device):
             loss, figures = self.task.loss(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self.scaler.scale(loss))

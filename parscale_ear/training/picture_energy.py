@@ -36,6 +36,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
 from parscale_ear.training.lite_maps import LiteMaps
+from parscale_ear.training.loop import autocast_for
 
 SIZES = (1.0, 1.375)  # of the pictures that Lite0 sees, in their own side
 SMALL = 16  # side of the small pictures, pixels
@@ -155,7 +156,7 @@ class PictureScore(nn.Module):
         generator = torch.Generator().manual_seed(SEEN_SEED)
         parts: list[list[list[Tensor]]] = [[] for _ in SIZES]
         for batch in latents.split(BATCH):
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with autocast_for("auto", self.device):
                 for size in range(len(SIZES)):
                     parts[size].append(_moments(self.look(batch.to(self.device), size, generator)))
         found = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in parts]
@@ -193,7 +194,7 @@ class PictureScore(nn.Module):
 
     def _small_pictures(self, latents: Tensor) -> Tensor:
         """Real pictures of ``SMALL`` pixels a side, flat: (M, D)."""
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+        with torch.no_grad(), autocast_for("auto", self.device):
             parts = [_small(self.pictures(batch).clamp(-1, 1)) for batch in latents.split(BATCH)]
         return torch.cat(parts)
 

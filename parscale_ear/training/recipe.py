@@ -55,7 +55,7 @@ class Recipe:
     chroma_weight: float = 0.0  # of the squared error of colours less their grey, in stage sharp
     seed: int = 0  # of weights, crops and noise
     workers: int = 0  # threads that prepare crops ahead; 0: none
-    precision: Precision = "bf16"  # autocast dtype
+    precision: Precision = "auto"  # autocast dtype; auto: bf16 where the device has kernels for it
     device: str = "cpu"  # torch device
 
     def __post_init__(self) -> None:

@@ -71,7 +71,9 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("--out", type=Path, required=True, help="PNG file")
     add_device(verb, dtype=False)
     verb.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on the CPU, bf16 on CUDA"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="default: fp32 on the CPU, bf16 on CUDA from Ampere on, else fp32",
     )
     verb.set_defaults(run=_run)
 
@@ -90,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out {arguments.out}: name a .png file")
     check_output(arguments.out)
     device = resolve_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = DTYPES[arguments.dtype or _default_dtype(device)]
     assert dtype is not None
     path = arguments.checkpoint
     if path is None and not arguments.official:
@@ -183,6 +185,12 @@ def _label(text: str | None, model: VAR | EnergyAR) -> int | None:
     if number:
         return int(text)
     raise UsageError(f"--class {text}: a VAR knows its classes by number only")
+
+
+def _default_dtype(device: torch.device) -> str:
+    from parscale_ear.device import multiplies_bf16
+
+    return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
 
 
 def _pack(model: VAR | EnergyAR, device: torch.device, dtype: torch.dtype) -> None:

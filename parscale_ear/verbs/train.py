@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from parscale_ear.verbs.common import STOPPED, Verbs, add_device
 
@@ -199,6 +199,8 @@ def _add_common(
     model: argparse.ArgumentParser, recipe: type[Any], numbers: Mapping[str, str], of: str
 ) -> None:
     """Options that all recipes have, and the numbers of this one."""
+    from parscale_ear.training.loop import Precision
+
     defaults = {field.name: field.default for field in fields(recipe)}
     length = model.add_mutually_exclusive_group()
     length.add_argument(
@@ -225,7 +227,10 @@ def _add_common(
             nargs="*" if many else None,
             help=f"{text} (default {shown})",
         )
-    model.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    model.add_argument(
+        "--precision", choices=get_args(Precision), default="auto",
+        help="autocast dtype (default auto: bf16 where the device has kernels for it, else fp32)",
+    )  # fmt: skip
     add_device(model, dtype=False)
 
 

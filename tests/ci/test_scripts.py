@@ -371,6 +371,22 @@ def test_latency_hands_on_the_packages_function() -> None:
     assert ci.latency.benchmark_model_precise is benchmark_model_precise
 
 
+@pytest.mark.parametrize(("kernels", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_streams_are_timed_in_what_the_device_has_kernels_for(
+    kernels: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ci._streams, "multiplies_bf16", lambda device: kernels)
+    source = ci._streams.Source(depth=1)
+    var, _ = ci._streams.as_timed(ci._streams.load_fp32(source, torch.device("cpu"), 0))
+    positions = var.transformer.positions
+    assert str(positions.dtype) == f"torch.{dtype}"
+    assert ci._streams.timed_dtype(torch.device("cpu")) == positions.dtype
+    few = ci._streams.roof_seconds(var, [0.0], 1.0, 1.0, positions.dtype)
+    assert few == positions.element_size() * ci._streams.roof_seconds(
+        var, [0.0], 1.0, 1.0, torch.uint8
+    )
+
+
 def test_a_clock_that_is_read_while_the_device_works_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

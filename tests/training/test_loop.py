@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
     LoopConfig,
+    Precision,
     Progress,
     Run,
     TrainingError,
@@ -80,6 +81,38 @@ def test_validation_takes_nothing_off_the_minutes(
     assert run.train()
     assert run.progress.step == 120
     assert sum("error" in line for line in read_log(tmp_path / "run")) == 5  # the end's, too
+
+
+class Watched(Toy):
+    """Notes what a matrix product gives under the loop's autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.dtypes.add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return super().loss(step)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "computed"),
+    [
+        (True, "auto", torch.bfloat16),
+        (False, "auto", torch.float32),
+        (False, "bf16", torch.bfloat16),
+        (True, "fp16", torch.float16),
+        (True, "fp32", torch.float32),
+    ],
+)
+def test_bf16_by_itself_only_where_there_are_kernels_for_it(
+    kernels: bool, precision: Precision, computed: torch.dtype, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("parscale_ear.training.loop.multiplies_bf16", lambda device: kernels)
+    task = Watched()
+    assert Run(task, LoopConfig(steps=2, precision=precision), tmp_path / "run").train()
+    assert task.dtypes == {computed}
 
 
 def config(steps: int = 40) -> LoopConfig:

@@ -310,8 +310,17 @@ def test_only_more_blocks_can_be_grown(tmp_path: Path) -> None:
             grown(ParScaleEAR(config), ParScaleEARConfig())
 
 
-def test_autocast_trains_too(folder_of_pictures: Path, tmp_path: Path) -> None:
-    assert train_autoencoder(recipe(folder_of_pictures, precision="bf16", steps=6), tmp_path / "r")
+@pytest.mark.parametrize(("kernels", "recorded"), [(True, "bf16"), (False, "fp32")])
+def test_autocast_trains_too_and_the_header_tells_in_what(
+    kernels: bool, recorded: str, folder_of_pictures: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("parscale_ear.training.loop.multiplies_bf16", lambda device: kernels)
+    short = recipe(folder_of_pictures, precision="auto", steps=6, stages=("vae",))
+    assert train_autoencoder(short, tmp_path / "r")
+    training = checkpoint.load(tmp_path / "r" / "vae.safetensors")[1]["training"]
+    assert training["history"][-1]["precision"] == recorded
+    assert training["validation"]["precision"] == recorded
 
 
 def test_one_stage_alone_goes_on_from_given_weights(

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from parscale_ear import device
+
+CPU = torch.device("cpu")
+
+
+def test_x86_has_kernels_for_bf16_from_avx512_on() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("not an x86 CPU")
+    kernels = device.multiplies_bf16(CPU)
+    if torch.cpu._is_avx512_bf16_supported():
+        assert kernels
+    if not torch.cpu._is_avx512_supported():
+        assert not kernels
+
+
+def test_without_onednn_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    device._cpu_multiplies_bf16.cache_clear()
+    assert not device.multiplies_bf16(CPU)
+    device._cpu_multiplies_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("ampere", [True, False])
+def test_emulation_on_a_gpu_does_not_count(ampere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return ampere or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert device.multiplies_bf16(torch.device("cuda")) == ampere
