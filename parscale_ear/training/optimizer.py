@@ -3,16 +3,20 @@
 Muon (Jordan et al., 2024) orthogonalises the momentum of every matrix; timm's version flattens a
 convolution to (out, in · kernel) and hands vectors to NAdamW. ``match_rms_adamw`` scales its steps
 so that learning rates known from AdamW carry over (Liu et al., "Muon is Scalable for LLM
-Training", 2025).
+Training", 2025). timm orthogonalises in BF16; where the device has no kernels for that, it is made to do so in
+FP32 (two orders of magnitude less time for a matrix of 384×1536 on a CPU that has AVX2 alone).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from parscale_ear.device import multiplies_bf16
 
 
 def build_optimizer(
@@ -32,15 +36,38 @@ def build_optimizer(
         ModuleNotFoundError: timm is not installed; the message says what to install.
     """
     try:
-        from timm.optim.muon import Muon
+        from timm.optim import muon
     except ImportError as error:
         raise ModuleNotFoundError(
             "training needs timm >= 1.0.21: pip install 'timm>=1.0.21' (the extra 'train')"
         ) from error
-    groups = [{"params": list(parameters)}]
+    trained = list(parameters)
+    groups = [{"params": trained}]
     if tables := list(elementwise):
         groups.append({"params": tables, "use_fallback": True})  # type: ignore[dict-item]
-    return Muon(groups, lr=rate, weight_decay=0.0, nesterov=True)
+    narrow = all(multiplies_bf16(p.device) for group in groups for p in group["params"])
+    kind = muon.Muon if narrow else _in_fp32(muon)
+    optimizer: torch.optim.Optimizer = kind(groups, lr=rate, weight_decay=0.0, nesterov=True)
+    return optimizer
+
+
+def _in_fp32(muon: Any) -> Any:
+    """Muon that orthogonalises in FP32; ``muon``: timm's module of it.
+
+    Its function for that takes a dtype, but the class does not hand one on.
+    """
+    exact = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+
+    class MuonInFP32(muon.Muon):  # type: ignore[misc]
+        def step(self, closure: Callable[[], float] | None = None) -> Any:
+            narrow = muon.zeropower_via_newtonschulz
+            muon.zeropower_via_newtonschulz = exact
+            try:
+                return super().step(closure)
+            finally:
+                muon.zeropower_via_newtonschulz = narrow
+
+    return MuonInFP32
 
 
 def build_adversarial_optimizer(
