@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from parscale_ear.parallel import WorkerError
 
     try:
+        _tell_of_slow_bf16(arguments)
         return int(arguments.run(arguments))
     except WorkerError as error:
         print(f"parscale-ear: {error}", file=sys.stderr)
@@ -54,6 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("parscale-ear: stopped", file=sys.stderr)
         return STOPPED
+
+
+def _tell_of_slow_bf16(arguments: argparse.Namespace) -> None:
+    """BF16 was asked for where it takes longer than FP32: done, but told."""
+    from parscale_ear.device import multiplies_bf16, resolve_device
+
+    options = [o for o in ("dtype", "precision") if getattr(arguments, o, None) == "bf16"]
+    if options and not multiplies_bf16(resolve_device(arguments.device)):
+        print(
+            f"parscale-ear: note: --{options[0]} bf16 is slow on this device, which has no kernels "
+            "for it; fp32 takes less time",
+            file=sys.stderr,
+        )
 
 
 def _out_of_memory(error: Exception) -> bool:

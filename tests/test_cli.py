@@ -155,6 +155,19 @@ def test_wrong_use_exits_with_2() -> None:
         assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(("kernels", "dtype"), [(False, "bf16"), (True, "bf16"), (False, "fp32")])
+def test_bf16_without_kernels_for_it_is_done_and_told(
+    kernels: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("parscale_ear.device.multiplies_bf16", lambda device: kernels)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    words = ["--out", str(tmp_path / "out"), "--device", "cpu", "--dtype", dtype]
+    assert main(["reconstruct", str(tmp_path / "a.png"), *words]) == 0
+    told = "--dtype bf16 is slow on this device" in capsys.readouterr().err
+    assert told == (not kernels and dtype == "bf16")
+
+
 def test_inference_never_imports_training() -> None:
     code = (
         "import sys\n"
