@@ -49,7 +49,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether PyTorch multiplies BF16 on a device by kernels made for it.
 
     Without them (CPUs with neither AVX-512 nor Arm's BF16; GPUs before Ampere) every number is
-    converted one by one or emulated: on a two-core Zen 3 that has AVX2 alone, a product of 256×256
+    converted one by one or emulated: on two cores of an AMD EPYC that has AVX2 alone, a product of 256×256
     matrices in BF16 takes 61 times as long as in FP32, and the autoencoder three times.
     """
     if device.type == "cuda":
