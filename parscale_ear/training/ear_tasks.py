@@ -212,6 +212,7 @@ class PicturesTask(EARTask):
             store.labels.repeat_interleave(sides),
             cache=cache,
             class_weight=recipe.class_weight,
+            precision=recipe.precision,
         )
         self.members = [
             torch.nonzero(store.labels == label)[:, 0].numpy()

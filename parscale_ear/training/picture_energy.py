@@ -36,7 +36,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
 from parscale_ear.training.lite_maps import LiteMaps
-from parscale_ear.training.loop import autocast_for
+from parscale_ear.training.loop import Precision, autocast_for, resolve_precision
 
 SIZES = (1.0, 1.375)  # of the pictures that Lite0 sees, in their own side
 SMALL = 16  # side of the small pictures, pixels
@@ -95,6 +95,7 @@ class PictureScore(nn.Module):
         *,
         cache: Path | None = None,
         class_weight: float = 0.0,
+        precision: Precision = "auto",
     ) -> None:
         """Looks at all real pictures once.
 
@@ -103,8 +104,10 @@ class PictureScore(nn.Module):
             latents: (N, Z, S, S), normalised.
             labels: (N,), int64.
             cache: file for what was seen, so that a resumed run need not look again; written
-                anew if it is of other latents.
+                anew if it is of other latents or of another precision.
             class_weight: of the classifier's cross-entropy.
+            precision: that real pictures are seen in; drawn ones are scored in the caller's, which
+                must be the same.
 
         Raises:
             FeatureError: Lite0's packages are missing.
@@ -118,6 +121,7 @@ class PictureScore(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False)
         self.device = next(autoencoder.parameters()).device
         self.network = LiteMaps(self.device)
+        self.precision = resolve_precision(precision, self.device)
         seen = self._look_at_all(latents, cache)
         self.means = [[f.mean(0) for f in features] for features in seen]
         self.deviations = [[f.std(0) + FLOOR for f in features] for features in seen]
@@ -143,6 +147,7 @@ class PictureScore(nn.Module):
             "latents": checkpoint.digest({"latents": latents}),
             "autoencoder": checkpoint.digest(self.autoencoder.state_dict()),
             "sizes": list(SIZES),
+            "precision": self.precision,
             "seen": [PIXEL_NOISE, SHIFT, BRIGHTNESS, SATURATION, CONTRAST],
         }
         if cache is not None and cache.exists():
@@ -156,7 +161,7 @@ class PictureScore(nn.Module):
         generator = torch.Generator().manual_seed(SEEN_SEED)
         parts: list[list[list[Tensor]]] = [[] for _ in SIZES]
         for batch in latents.split(BATCH):
-            with autocast_for("auto", self.device):
+            with autocast_for(self.precision, self.device):
                 for size in range(len(SIZES)):
                     parts[size].append(_moments(self.look(batch.to(self.device), size, generator)))
         found = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in parts]
@@ -194,7 +199,7 @@ class PictureScore(nn.Module):
 
     def _small_pictures(self, latents: Tensor) -> Tensor:
         """Real pictures of ``SMALL`` pixels a side, flat: (M, D)."""
-        with torch.no_grad(), autocast_for("auto", self.device):
+        with torch.no_grad(), autocast_for(self.precision, self.device):
             parts = [_small(self.pictures(batch).clamp(-1, 1)) for batch in latents.split(BATCH)]
         return torch.cat(parts)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
+from parscale_ear.training.loop import Precision, autocast_for
 from parscale_ear.training.picture_energy import (
     BRIGHTNESS,
     CONTRAST,
@@ -90,9 +91,11 @@ def test_every_part_reaches_the_latents(score: PictureScore, latents: Tensor) ->
     assert not any(p.requires_grad for p in score.parameters())
 
 
-def test_real_and_drawn_pictures_are_seen_alike(score: PictureScore, latents: Tensor) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_real_and_drawn_pictures_are_seen_alike(precision: Precision, latents: Tensor) -> None:
     """The real latents, drawn with the real ones' chances, are the real pictures."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    score = PictureScore(ParScaleEAR.from_pretrained(), latents, LABELS, precision=precision)
+    with torch.no_grad(), autocast_for(precision, torch.device("cpu")):
         generator = torch.Generator().manual_seed(SEEN_SEED)
         _, parts = score(score.look(latents, 0, generator), LABELS, generator)
     rows = [score.real[label][0][-1] for label in (0, 1)]
@@ -155,6 +158,10 @@ def test_what_was_seen_is_kept(latents: Tensor, score: PictureScore, tmp_path: P
     sharp = ParScaleEAR.from_pretrained(decoder="sharp")  # of the same latents
     PictureScore(sharp, latents.flip(0), LABELS, cache=cache)
     assert cache.stat().st_mtime_ns != written
+    for precision, kept in (("bf16", False), ("bf16", True), ("fp32", False)):
+        written = cache.stat().st_mtime_ns
+        PictureScore(sharp, latents, LABELS, cache=cache, precision=precision)
+        assert (cache.stat().st_mtime_ns == written) == kept, "another precision sees others"
 
 
 def test_lite0_sees_pictures_changed_and_keeps_their_gradient(
