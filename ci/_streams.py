@@ -24,7 +24,6 @@ from torch import Tensor
 from ci import _common as ci
 from parscale_ear.checkpoint import tensor_bytes
 from parscale_ear.data.images import to_uint8
-from parscale_ear.device import multiplies_bf16
 from parscale_ear.generator.attention import spare_pages
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.packing import can_pack
@@ -33,6 +32,7 @@ from parscale_ear.generator.var import VAR, Mode, VARConfig
 from parscale_ear.profiling.memory import peak_memory_mib, peak_resident_memory
 from parscale_ear.profiling.redflags import StreamMeasurement
 from parscale_ear.training.ear_recipe import EARRecipe
+from parscale_ear.training.loop import autocast_dtype
 
 # Of an H100 SXM, from its data sheet: dense BF16 and HBM3.
 H100_FLOPS_PER_S, H100_BYTES_PER_S = 989e12, 3.35e12
@@ -101,7 +101,7 @@ def load_fp32(source: Source, device: torch.device, seed: int) -> VAR:
 
 def timed_dtype(device: torch.device) -> torch.dtype:
     """BF16, or FP32 where the device has no kernels for BF16 and would be slower by it."""
-    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return autocast_dtype("auto", device) or torch.float32
 
 
 def as_timed(var: VAR) -> tuple[VAR, bool]:

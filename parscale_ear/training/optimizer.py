@@ -4,7 +4,7 @@ Muon (Jordan et al., 2024) orthogonalises the momentum of every matrix; timm's v
 convolution to (out, in · kernel) and hands vectors to NAdamW. ``match_rms_adamw`` scales its steps
 so that learning rates known from AdamW carry over (Liu et al., "Muon is Scalable for LLM
 Training", 2025). timm orthogonalises in BF16; where the device has no kernels for that, it is made to do so in
-FP32 (two orders of magnitude less time for a matrix of 384×1536 on a CPU that has AVX2 alone).
+FP32 (0.06 to 0.07 s instead of 2.2 for a matrix of 384×1536 on a core that has AVX2 alone).
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def build_optimizer(
         raise ModuleNotFoundError(
             "training needs timm >= 1.0.21: pip install 'timm>=1.0.21' (the extra 'train')"
         ) from error
-    trained = list(parameters)
-    groups = [{"params": trained}]
+    groups = [{"params": list(parameters)}]
     if tables := list(elementwise):
         groups.append({"params": tables, "use_fallback": True})  # type: ignore[dict-item]
     narrow = all(multiplies_bf16(p.device) for group in groups for p in group["params"])

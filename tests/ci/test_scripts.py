@@ -375,7 +375,7 @@ def test_latency_hands_on_the_packages_function() -> None:
 def test_streams_are_timed_in_what_the_device_has_kernels_for(
     kernels: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ci._streams, "multiplies_bf16", lambda device: kernels)
+    monkeypatch.setattr("parscale_ear.training.loop.multiplies_bf16", lambda device: kernels)
     source = ci._streams.Source(depth=1)
     var, _ = ci._streams.as_timed(ci._streams.load_fp32(source, torch.device("cpu"), 0))
     positions = var.transformer.positions
