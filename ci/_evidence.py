@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
 
 from ci import _common as ci
 
@@ -14,13 +17,14 @@ TRAINING = FOLDER / "hybrid_training.json"  # of parscale_ear.training.compariso
 STREAMS = FOLDER / "streams_training.json"  # of parscale-ear train var, RUN/streams.json
 EAR_STREAMS = FOLDER / "streams_judged.json"  # of parscale_ear.training.stream_judging
 TRIALS = FOLDER / "trials.json"
-HEADS = FOLDER / "heads.json"  # of parscale_ear.training.head_comparison, tokens alone
-HEADS_PICTURES = FOLDER / "heads_pictures.json"  # of the same with --picture-minutes
+# Of parscale_ear.training.head_comparison, a file a seed: on tokens alone, and with --picture-minutes.
+HEADS, HEADS_PICTURES = "heads.json", "heads_pictures*.json"
 JUDGED = FOLDER / "generation_judged.json"  # of parscale_ear.training.ear_release
 HEAD_COMPARISONS = {
     "The energy head beside others, trained alike on tokens alone": HEADS,
     "The same heads, trained alike on tokens and then on whole pictures": HEADS_PICTURES,
 }
+LEVEL = 0.95  # of the interval over seeds
 LEAST_ACCURACY = 0.4  # of drawn pictures in their own class among the ten
 LEAST_APART = 0.9  # of held-out real pictures' distance to the nearest training picture
 VERDICTS = {  # variant → what its difference to the hybrid tells
@@ -43,6 +47,24 @@ def read(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ci.UsageError(f"{path.name}: not JSON ({error}); git checkout {path.name}") from error
+
+
+def head_comparisons(pattern: str) -> list[dict[str, Any]]:
+    """Committed comparisons of heads whose files match, in the order of their seeds.
+
+    Raises:
+        UsageError: a file cannot be read, or two are of other settings or of one seed.
+    """
+    found = [read(path) for path in sorted(FOLDER.glob(pattern))]
+    runs = sorted((run for run in found if run is not None), key=lambda run: run["seed"])
+    if len({run["seed"] for run in runs}) < len(runs):
+        raise ci.UsageError(f"{pattern}: two files are of one seed; keep one of them")
+    for key in ("batch", "learning_rate", "picture_draws", "picture_pairs", "pictures", "threads"):
+        if len({run.get(key) for run in runs}) > 1:
+            raise ci.UsageError(
+                f"{pattern}: the files are of different {key}; compare like with like"
+            )
+    return runs
 
 
 def training_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
@@ -98,35 +120,67 @@ def judged_targets(
 
 
 def head_targets(
-    evidence: Mapping[str, Any] | None, pictures: Mapping[str, Any] | None, *, quick: bool
+    tokens: Sequence[Mapping[str, Any]], pictures: Sequence[Mapping[str, Any]], *, quick: bool
 ) -> list[ci.Target]:
     """Whether the energy head's pictures are nearer to real ones than those of other heads.
 
     A quick run gives no verdict: these trainings are on record, and it measures none of them.
 
     Args:
-        evidence: heads trained alike on tokens alone.
-        pictures: heads trained alike on tokens and then on whole pictures.
+        tokens: heads trained alike on tokens alone, a comparison a seed.
+        pictures: heads trained alike on tokens and then on whole pictures, likewise.
         quick: whether this is a quick run.
     """
     others = ("squared-error", "gaussian", "diffusion")
-    targets = [_head_target(evidence, kind, "on tokens alone", quick) for kind in others]
+    targets = [_head_target(tokens, kind, "on tokens alone", quick) for kind in others]
     # A squared error's draws of a class are all alike, so their energy score says nothing.
     others = ("gaussian", "diffusion")
     targets += [_head_target(pictures, kind, "on tokens, then pictures", quick) for kind in others]
     return targets
 
 
-def _head_target(evidence: Mapping[str, Any] | None, kind: str, how: str, quick: bool) -> ci.Target:
-    name = f"distance, upper end of the energy head's over {kind} head's lower end, trained alike {how}"
+def _head_target(
+    evidence: Sequence[Mapping[str, Any]], kind: str, how: str, quick: bool
+) -> ci.Target:
+    """Of one seed by the intervals over its pictures; of more by that of their mean difference."""
+    name = f"distance, energy head − {kind} head, trained alike {how}: upper end"
     if quick:
-        return ci.skipped(name, "judged in a full run only", "< 1")
-    if evidence is None or {"energy", kind} - set(evidence["heads"]):
-        return ci.skipped(name, "no controlled training on record", "< 1")
-    ours, theirs = (evidence["heads"][k]["distance"] for k in ("energy", kind))
-    ratio = ours["high"] / theirs["low"]
-    why = (
-        f"{ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}, by release "
-        f"{evidence['version']} and its decoder"
+        return ci.skipped(name, "judged in a full run only", "< 0")
+    both = [run for run in evidence if {"energy", kind} <= set(run["heads"])]
+    if not both:
+        return ci.skipped(name, "no controlled training on record", "< 0")
+    pairs = [[run["heads"][k]["distance"] for k in ("energy", kind)] for run in both]
+    if len(pairs) == 1:
+        ((ours, theirs),) = pairs
+        high = ours["high"] - theirs["low"]
+        why = (
+            f"one seed: {ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}, "
+            f"intervals over pictures, by release {both[0]['version']} and its decoder"
+        )
+    else:
+        found = head_difference(evidence, kind)
+        assert found is not None
+        high = found["high"]
+        each = ", ".join(f"{a['value']:.1f} and {b['value']:.1f}" for a, b in pairs)
+        why = f"{ci.interval(found, 1)} over {len(pairs)} seeds: {each}"
+    return ci.Target(name, "PASS" if high < 0 else "MISSED", high, "< 0", why)
+
+
+def head_difference(evidence: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float] | None:
+    """Mean over seeds of the energy head's distance less another's, with Student's interval.
+
+    The two heads of a seed have the same trunk at first, the same latents and the same decoder.
+    None: fewer than two seeds have both.
+    """
+    found = np.array(
+        [
+            run["heads"]["energy"]["distance"]["value"] - run["heads"][kind]["distance"]["value"]
+            for run in evidence
+            if {"energy", kind} <= set(run["heads"])
+        ]
     )
-    return ci.Target(name, "PASS" if ratio < 1 else "MISSED", ratio, "< 1", why)
+    if len(found) < 2:
+        return None
+    mean, error = found.mean(), found.std(ddof=1) / len(found) ** 0.5
+    half = student.ppf((1 + LEVEL) / 2, len(found) - 1) * error
+    return {"value": float(mean), "low": float(mean - half), "high": float(mean + half)}

@@ -222,9 +222,9 @@ def _generation(report: Mapping[str, Any]) -> list[Section]:
         origin(report, f"{figures['pictures']} pictures"),
     ]
     sections = [("Drawn pictures", lines)]
-    for title, path in _evidence.HEAD_COMPARISONS.items():
-        heads = _evidence.read(path)
-        if heads is not None:
+    for title, pattern in _evidence.HEAD_COMPARISONS.items():
+        heads = _evidence.head_comparisons(pattern)
+        if heads:
             rows = markdown(tables.HEADS_HEAD, tables.head_rows(heads))
             sections.append((title, [rows, "", tables.head_text(heads)]))
     return sections

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ci import _common as ci
+from ci import _evidence
 
 HEAD = ("", "drawn", "real, through the autoencoder")
 CLASS_HEAD = ("class", "put into it")
@@ -99,16 +100,17 @@ def neighbour_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 HEADS_HEAD = (
-    *("head", "distance", "in their class", "diversity", "steps on tokens", "on pictures"),
+    *("head", "seed", "distance", "in their class", "diversity", "steps on tokens", "on pictures"),
     "head parameters",
 )
 
 
-def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Heads of the controlled training."""
+def head_rows(evidence: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Heads of the controlled trainings, seed by seed."""
     return [
         (
             kind,
+            f"{run['seed']}",
             ci.interval(row["distance"], 1, sign=""),
             _share(row["class_accuracy"]),
             f"{row['diversity']:.2f}",
@@ -116,35 +118,46 @@ def head_rows(evidence: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{row.get('picture_steps', 0):,}",
             f"{row['parameters']['head']:,}",
         )
-        for kind, row in evidence["heads"].items()
+        for run in evidence
+        for kind, row in run["heads"].items()
     ]
 
 
-def head_text(evidence: Mapping[str, Any]) -> str:
-    """How the heads were compared."""
-    first = next(iter(evidence["heads"].values()))
-    curves = "; ".join(
-        f"{kind} "
-        + ", ".join(f"{value:.3f} ({minutes:.0f})" for minutes, value in row["validation"])
-        for kind, row in evidence["heads"].items()
-    )
-    length = f"tokens alone, {first['minutes']:.0f} minutes"
-    if first.get("picture_minutes"):
+def head_text(evidence: Sequence[Mapping[str, Any]]) -> str:
+    """How the heads were compared, and the energy head's differences over seeds."""
+    first = evidence[0]
+    row = next(iter(first["heads"].values()))
+    length = f"tokens alone, {row['minutes']:.0f} minutes"
+    if row.get("picture_minutes"):
         length = (
-            f"{first['minutes']:.0f} minutes on tokens and {first['picture_minutes']:.0f} on whole "
-            f"pictures drawn with their gradient ({evidence['picture_draws']} drawn freely and "
-            f"{evidence['picture_pairs']} pairs that go on from real beginnings a step; "
+            f"{row['minutes']:.0f} minutes on tokens and {row['picture_minutes']:.0f} on whole "
+            f"pictures drawn with their gradient ({first['picture_draws']} drawn freely and "
+            f"{first['picture_pairs']} pairs that go on from real beginnings a step; "
             "their energy scores beside the head's own loss of tokens, no critic and no classifier; "
             "the scores look through EfficientNet-Lite0, which was trained on ImageNet)"
         )
-    return (
-        f"The same trunk from the same fresh weights, {length} each on {evidence['threads']} "
-        f"thread, batches of {evidence['batch']}, one seed; guidance and temperature chosen for "
-        f"each on the training pictures; {evidence['pictures']:,} pictures through the sharp decoder "
-        f"of {evidence['version']}, "
-        f"{evidence['distance_name']} to the validation pictures. One learning rate for all. Own "
-        f"loss on the validation latents after so many minutes on tokens: {curves}."
+    differences = [
+        f"Energy head − {kind} head: {ci.interval(found, 1)} (mean and Student's interval over seeds). "
+        for kind in ("squared-error", "gaussian", "diffusion")
+        if (found := _evidence.head_difference(evidence, kind)) is not None
+    ]
+    each = "; ".join(
+        f"seed {run['seed']}, by {run['version']}: "
+        + ", ".join(f"{kind} {_curve(row)}" for kind, row in run["heads"].items())
+        for run in evidence
     )
+    return (
+        f"The same trunk from the same fresh weights, {length} each on {first['threads']} "
+        f"thread, batches of {first['batch']}; guidance and temperature chosen for "
+        f"each on the training pictures; {first['pictures']:,} pictures through the sharp decoder of "
+        f"the release named, {first['distance_name']} to the validation pictures, its interval over "
+        f"pictures. One learning rate for all. {''.join(differences)}Own loss on the validation "
+        f"latents after so many minutes on tokens: {each}."
+    )
+
+
+def _curve(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value:.3f} ({minutes:.0f})" for minutes, value in row["validation"])
 
 
 def _share(interval: Mapping[str, float]) -> str:

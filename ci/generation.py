@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
         ),
         *_evidence.head_targets(
-            _evidence.read(_evidence.HEADS),
-            _evidence.read(_evidence.HEADS_PICTURES),
+            _evidence.head_comparisons(_evidence.HEADS),
+            _evidence.head_comparisons(_evidence.HEADS_PICTURES),
             quick=arguments.quick,
         ),
     ]

@@ -306,10 +306,10 @@ def _generation(
 
 def _heads() -> list[str]:
     tables, parts = _generation_tables, []
-    for title, path in _evidence.HEAD_COMPARISONS.items():
-        evidence = _evidence.read(path)
+    for title, pattern in _evidence.HEAD_COMPARISONS.items():
+        evidence = _evidence.head_comparisons(pattern)
         parts.append(f"<h3>{title}</h3>")
-        if evidence is None:
+        if not evidence:
             parts.append("<p>SKIPPED: no such training of heads on record.</p>")
         else:
             parts += [

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ci import _evidence
+from ci._common import UsageError
 
 
 def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
@@ -49,30 +52,71 @@ def test_a_judgement_of_another_decoder_is_no_pass() -> None:
         assert "another decoder" in target.why
 
 
-def test_heads_are_compared_where_both_are_on_record() -> None:
-    def of(value: float) -> dict[str, Any]:
-        return {"distance": {"value": value, "low": value - 1, "high": value + 1}}
+def of(value: float) -> dict[str, Any]:
+    return {"distance": {"value": value, "low": value - 1, "high": value + 1}}
 
+
+def test_heads_are_compared_where_both_are_on_record() -> None:
     heads = {"energy": of(90), "gaussian": of(100), "diffusion": of(91.5)}
-    evidence = {"heads": heads, "version": "9.8.7"}
-    targets = _evidence.head_targets(evidence, None, quick=False)
-    found = {target.name.split(" over ")[1]: target for target in targets}
+    evidence = [{"heads": heads, "version": "9.8.7", "seed": 0}]
+    targets = _evidence.head_targets(evidence, [], quick=False)
+    found = {target.name.split(" − ")[1]: target for target in targets}
     alone, then = (
-        "head's lower end, trained alike on tokens" + k for k in (" alone", ", then pictures")
+        f"head, trained alike on tokens{k}: upper end" for k in (" alone", ", then pictures")
     )
     assert {kind: target.status for kind, target in found.items()} == {
         f"squared-error {alone}": "SKIPPED", f"gaussian {alone}": "PASS",
         f"diffusion {alone}": "MISSED", f"gaussian {then}": "SKIPPED",
         f"diffusion {then}": "SKIPPED",
     }  # fmt: skip
-    assert found[f"gaussian {alone}"].value == pytest.approx(91 / 99)
+    assert found[f"gaussian {alone}"].value == pytest.approx(91 - 99)
     # The intervals meet.
     assert "90.0 [89.0, 91.0] and 91.5 [90.5, 92.5]" in found[f"diffusion {alone}"].why
     assert "by release 9.8.7 and its decoder" in found[f"diffusion {alone}"].why
-    targets = _evidence.head_targets(None, evidence, quick=False)
+    targets = _evidence.head_targets([], evidence, quick=False)
     assert [t.status for t in targets] == ["SKIPPED"] * 3 + ["PASS", "MISSED"]
-    targets = _evidence.head_targets(None, None, quick=False)
+    targets = _evidence.head_targets([], [], quick=False)
     assert {t.status for t in targets} == {"SKIPPED"}
     assert {t.why for t in _evidence.head_targets(evidence, evidence, quick=True)} == {
         "judged in a full run only"
     }
+
+
+def test_heads_of_several_seeds_are_compared_by_their_mean_difference() -> None:
+    pairs = [(90.0, 93.0), (92.0, 94.0), (88.0, 92.0)]  # differences of −3, −2 and −4
+    runs = [
+        {"heads": {"energy": of(a), "gaussian": of(b)}, "version": "9.8.7", "seed": k}
+        for k, (a, b) in enumerate(pairs)
+    ]
+    runs[0]["heads"]["diffusion"] = of(90.5)
+    found = _evidence.head_difference(runs, "gaussian")
+    assert found is not None
+    assert found["value"] == pytest.approx(-3)
+    half = 4.302653 / 3**0.5  # 97.5 % of Student's t with two degrees of freedom, deviation 1
+    assert (found["low"], found["high"]) == pytest.approx((-3 - half, -3 + half))
+    target = _evidence.head_targets(runs, [], quick=False)[1]
+    assert (target.status, target.value) == ("PASS", found["high"])
+    assert "over 3 seeds: 90.0 and 93.0" in target.why
+    assert _evidence.head_targets(runs, [], quick=False)[2].why.startswith("one seed: 90.0")
+    runs[2]["heads"]["energy"] = of(91.9)  # −3, −2 and −0.1: the interval holds 0
+    assert _evidence.head_targets(runs, [], quick=False)[1].status == "MISSED"
+
+
+def test_comparisons_of_heads_must_be_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(name: str, seed: int, batch: int) -> None:
+        run = {"heads": {"energy": of(90)}, "seed": seed, "batch": batch}
+        (tmp_path / name).write_text(json.dumps(run))
+
+    monkeypatch.setattr(_evidence, "FOLDER", tmp_path)
+    assert _evidence.head_comparisons("heads*.json") == []
+    record("heads.json", 3, 128)
+    record("heads_b.json", 1, 128)
+    assert [run["seed"] for run in _evidence.head_comparisons("heads*.json")] == [1, 3]
+    record("heads_c.json", 3, 128)
+    with pytest.raises(UsageError, match="of one seed"):
+        _evidence.head_comparisons("heads*.json")
+    record("heads_c.json", 2, 64)
+    with pytest.raises(UsageError, match="different batch"):
+        _evidence.head_comparisons("heads*.json")

@@ -27,8 +27,8 @@ from parscale_ear.training import ear_tasks
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.ear import load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.ear_tasks import EARTask
-from parscale_ear.training.loop import TrainingError, read_log
+from parscale_ear.training.ear_tasks import EARTask, PicturesTask
+from parscale_ear.training.loop import Precision, TrainingError, read_log
 from parscale_ear.training.picture_critic import PictureCritic
 from parscale_ear.training.picture_energy import PictureScore
 
@@ -252,7 +252,7 @@ def test_drawn_pictures_go_on_from_real_ones_where_asked(
     larger = str(tmp_path / "latents")  # 4×4: six scales
     assert main(["encode", str(pictures), larger, "--side", "64", "--mirror"]) == 0
     asked = replace(recipe, latents=larger, validation=larger, picture_known=2, picture_pairs=0)
-    made = Made(asked, tmp_path, ear_tasks.PicturesTask)
+    made = Made(asked, tmp_path, PicturesTask)
     pyramid, counts = made.model.pyramid, set()
     begun: list[tuple[Tensor, list[Tensor]]] = []
     shown: list[Tensor] = []
@@ -285,6 +285,23 @@ def test_drawn_pictures_go_on_from_real_ones_where_asked(
     assert counts == {1, 2}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_real_pictures_are_seen_in_the_precision_asked_for(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    seen: list[bool] = []
+    plain = PictureScore.look
+
+    def spy(self: PictureScore, *rest: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return plain(self, *rest)
+
+    monkeypatch.setattr(PictureScore, "look", spy)
+    Made(replace(recipe, precision=precision, adversarial_weight=0.0), tmp_path, PicturesTask)
+    assert seen
+    assert set(seen) == {precision == "bf16"}
+
+
 def test_more_scales_known_than_are_drawn_are_refused(recipe: EARRecipe, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="leave one of the 2 scales"):
         train_ear(replace(recipe, picture_known=2), tmp_path / "run")
@@ -306,7 +323,7 @@ def test_pictures_go_on_from_real_ones_of_their_class(
     recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = replace(recipe, picture_pairs=6, adversarial_weight=0.0)
-    made = Made(asked, tmp_path, ear_tasks.PicturesTask)
+    made = Made(asked, tmp_path, PicturesTask)
     continued: list[Any] = []
     sizes: list[int] = []
     plain, look = EnergyAR.draw_with_gradient, PictureScore.look
