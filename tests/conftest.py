@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,19 @@ TINY = ParScaleEARConfig(
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, where bits are compared: on some CPUs they depend on how threads share the work.
+
+    (AVX-512 with AMX, torch 2.9.1: convolutions of one small picture; and even equal trainings with
+    two threads end 1e-8 apart.)
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -44,9 +44,9 @@ class AutoencoderTask:
         world: World,
     ) -> None:
         """Sets up one stage; ``validation`` is (N, 3, 256, 256), 8-bit."""
-        self.stage, self.recipe = stage, recipe
+        self.stage, self.model, self.recipe = stage, model, recipe
         # As the pictures are: BF16 kernels of CPUs would reorder others at every call.
-        self.model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.validation, self.folder, self.world = validation, folder, world
         self.frozen = stage in FROZEN_ENCODER
         side, self.batch = recipe.crops(stage)

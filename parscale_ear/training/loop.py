@@ -3,7 +3,8 @@
 A :class:`Task` says what is trained, what a step's loss is and how to validate. The loop knows
 about time, optimizer, precision, weight averaging, checkpoints and logs. Everything random in a
 step is a function of the seed and the step's number, so that a run killed at any moment goes on
-from its last checkpoint as if nothing had happened.
+from its last checkpoint as if nothing had happened (with several threads some CPUs sum in an order
+that changes from run to run: equal trainings then differ in their last bits, resumed or not).
 """
 
 from __future__ import annotations

@@ -110,6 +110,7 @@ def test_a_data_loader_reads_it(classes: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.cat([b["latent"] for b in batches])[7], data[7]["latent"])
 
 
+@pytest.mark.usefixtures("one_thread")  # which each of the processes here has, too
 def test_several_processes_give_the_same(classes: Path, tmp_path: Path) -> None:
     refs = find_images([classes])
     encode_folder(refs, tmp_path / "one", OPTIONS)

@@ -392,6 +392,7 @@ def test_recipe_names_the_bad_field(tmp_path: Path, changes: dict[str, object]) 
         recipe(tmp_path, **changes)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_killed_in_any_stage_it_resumes_exactly(
     device: str, folder_of_pictures: Path, tmp_path: Path, killed_after: Killed
