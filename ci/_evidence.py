@@ -25,6 +25,7 @@ HEAD_COMPARISONS = {
     "The same heads, trained alike on tokens and then on whole pictures": HEADS_PICTURES,
 }
 LEVEL = 0.95  # of the interval over seeds
+SAME_TIME = 0.02  # part by which trainings of the same time may differ: a last step's length
 LEAST_ACCURACY = 0.4  # of drawn pictures in their own class among the ten
 LEAST_APART = 0.9  # of held-out real pictures' distance to the nearest training picture
 VERDICTS = {  # variant → what its difference to the hybrid tells
@@ -53,16 +54,23 @@ def head_comparisons(pattern: str) -> list[dict[str, Any]]:
     """Committed comparisons of heads whose files match, in the order of their seeds.
 
     Raises:
-        UsageError: a file cannot be read, or two are of other settings or of one seed.
+        UsageError: a file cannot be read, two are of other settings or of one seed, or heads were
+            not trained for equally long.
     """
-    found = [read(path) for path in sorted(FOLDER.glob(pattern))]
-    runs = sorted((run for run in found if run is not None), key=lambda run: run["seed"])
+    files = [read(path) for path in sorted(FOLDER.glob(pattern))]
+    runs = sorted((run for run in files if run is not None), key=lambda run: run["seed"])
     if len({run["seed"] for run in runs}) < len(runs):
         raise ci.UsageError(f"{pattern}: two files are of one seed; keep one of them")
     for key in ("batch", "learning_rate", "picture_draws", "picture_pairs", "pictures", "threads"):
         if len({run.get(key) for run in runs}) > 1:
             raise ci.UsageError(
                 f"{pattern}: the files are of different {key}; compare like with like"
+            )
+    for key in ("minutes", "picture_minutes"):
+        lengths = [head.get(key, 0) for run in runs for head in run["heads"].values()]
+        if lengths and min(lengths) < (1 - SAME_TIME) * max(lengths):
+            raise ci.UsageError(
+                f"{pattern}: heads were trained for different {key}; compare like with like"
             )
     return runs
 

@@ -105,9 +105,10 @@ def test_heads_of_several_seeds_are_compared_by_their_mean_difference() -> None:
 def test_comparisons_of_heads_must_be_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def record(name: str, seed: int, batch: int) -> None:
-        run = {"heads": {"energy": of(90)}, "seed": seed, "batch": batch}
-        (tmp_path / name).write_text(json.dumps(run))
+    def record(name: str, seed: int, batch: int, *minutes: float) -> None:
+        kinds = zip(("energy", "gaussian"), minutes or (45, 45), strict=True)
+        heads = {kind: {**of(90), "minutes": length} for kind, length in kinds}
+        (tmp_path / name).write_text(json.dumps({"heads": heads, "seed": seed, "batch": batch}))
 
     monkeypatch.setattr(_evidence, "FOLDER", tmp_path)
     assert _evidence.head_comparisons("heads*.json") == []
@@ -119,4 +120,12 @@ def test_comparisons_of_heads_must_be_alike(
         _evidence.head_comparisons("heads*.json")
     record("heads_c.json", 2, 64)
     with pytest.raises(UsageError, match="different batch"):
+        _evidence.head_comparisons("heads*.json")
+    record("heads_c.json", 2, 128, 45, 45.1)  # a last step's length
+    assert len(_evidence.head_comparisons("heads*.json")) == 3
+    record("heads_c.json", 2, 128, 45, 44)
+    with pytest.raises(UsageError, match="different minutes"):
+        _evidence.head_comparisons("heads*.json")
+    record("heads_c.json", 2, 128, 44, 44)
+    with pytest.raises(UsageError, match="different minutes"):
         _evidence.head_comparisons("heads*.json")
