@@ -168,6 +168,13 @@ install_env() { # install_env WANTED_STAMP
   rm -f "$stamp" # an interrupted pip may leave a package half-installed yet listed
   step "installing the locked packages (minutes, and GBs, the first time; watch: tail -f .venv/step.log)" \
     "${pip[@]}" --no-deps --require-hashes -r "$venv/requirements.txt"
+  local strangers
+  strangers=$(beyond_the_lock "$venv/requirements.txt")
+  if [ -n "$strangers" ]; then
+    # shellcheck disable=SC2086 # names of packages, one a word
+    step "removing what poetry.lock does not have: $strangers" \
+      "$venv/bin/python" -m pip --disable-pip-version-check --no-input uninstall --yes $strangers
+  fi
   # A failure from here on (a mistake in pyproject.toml, say) need not cost a new .venv.
   head -n 1 <<<"$1" >"$stamp"
   # poetry-core comes with the lock, so this needs neither a network nor an isolated build.
@@ -177,6 +184,21 @@ install_env() { # install_env WANTED_STAMP
   rm -rf "$TMPDIR" "$venv/step.log"
   unset TMPDIR
   printf '%s\n' "$1" >"$stamp"
+}
+
+beyond_the_lock() { # names of the installed packages that are not in requirements file $1
+  "$venv/bin/python" - "$1" <<'END'
+import importlib.metadata, re, sys
+
+def normal(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+lines = open(sys.argv[1], encoding="utf-8")
+kept = {normal(m[0]) for m in (re.match(r"[A-Za-z0-9][\w.-]*", line) for line in lines) if m}
+kept |= {"pip", "setuptools", "wheel", "parscale-ear"}  # of venv, and the project
+found = {normal(d.metadata["Name"]) for d in importlib.metadata.distributions()}
+print(*sorted(found - kept))
+END
 }
 
 make_poetry() { # an environment of its own: Poetry's packages must not mix with the project's

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
+from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError
 from parscale_ear.device import UsageError, resolve_device
-from parscale_ear.generator.ear import shipped_generator
+from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.generation import shipped_statistics
 
@@ -167,6 +168,14 @@ def weights_digest() -> dict[str, str]:
     return {file.stem: checkpoint.load(file)[1]["sha256"] for file in files}
 
 
+def load_generator(path: Path | None, device: torch.device) -> EnergyAR:
+    """An EnergyAR (None: the shipped one) with the shipped autoencoder, both in FP32."""
+    autoencoder = ParScaleEAR.from_pretrained(
+        decoder=DEFAULT_DECODER, device=device, dtype=torch.float32
+    )
+    return EnergyAR.from_pretrained(path, autoencoder=autoencoder, device=device)
+
+
 def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """What every report says about where it comes from."""
     return {
@@ -298,6 +307,7 @@ __all__ = [
     "device_name",
     "finish",
     "holds",
+    "load_generator",
     "number",
     "parser",
     "positive_int",

@@ -41,7 +41,7 @@ def measure_ear_streams(
         extractor: of the features that diversity is measured in.
         seed: of the noise.
     """
-    model = EnergyAR.from_pretrained(device=device)
+    model = ci.load_generator(None, device)
     classes = len(model.config.class_names)
     guidance = model.recommended["guidance"]
     cases = [Case(count, "diverse") for count in counts]

@@ -305,7 +305,7 @@ def _measure_here(request: dict[str, Any]) -> dict[str, int | None]:
     model: VAR | EnergyAR
     streams: ParallelStreams | int
     if request["source"] is None:
-        model = EnergyAR.from_pretrained(device=device)
+        model = ci.load_generator(None, device)
         streams = ear_streams(model, case, seed)
     else:
         source = dict(request["source"])

@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = ci.resolve_device(arguments.device)
     count = int(arguments.num_samples or (64 if arguments.quick else 256))
-    model = EnergyAR.from_pretrained(arguments.checkpoint, device=device)
+    model = ci.load_generator(arguments.checkpoint, device)
     statistics = FeatureStatistics.load(shipped_statistics())
     names = model.config.class_names
-    if len(names) != len(statistics.classes):
+    if names != (judged := EnergyAR.load(shipped_generator()).config.class_names):
         raise ci.UsageError(
-            f"{arguments.checkpoint}: {len(names)} classes; the judge knows {len(statistics.classes)}"
+            f"{arguments.checkpoint}: its classes are {', '.join(names)[:100]}; the judge knows "
+            f"{', '.join(judged)}, in this order (train ear --class-names)"
         )
     if count < 2 * len(names):
         raise ci.UsageError(f"--num-samples {count}: at least {2 * len(names)} are needed")
@@ -71,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     extractor = judge.network
     if extractor.name != statistics.extractor:
         raise ci.UsageError(f"{STATISTICS_FILE} is of {statistics.extractor}, not {extractor.name}")
+    # One batch first, which also warms up what the clock shall not see.
+    again, _, passes = _draw(model, min(count, BATCH), settings, arguments.seed)
     pictures, seconds, _ = _draw(model, count, settings, arguments.seed)
-    again, _, passes = _draw(model, min(count, BATCH), settings, arguments.seed)  # one batch
     features = judge.look(pictures, "judging")
     hits = judge.hits(features, labels)
     figures: dict[str, Any] = {
@@ -100,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in generation_notes(figures):
         print(note)
     fields = ci.common_fields(device, torch.float32, arguments.seed)
-    said = {"num_samples": count, "batch_size": BATCH, **settings}
-    weights = arguments.checkpoint or shipped_generator()
+    weights = checkpoint.load(arguments.checkpoint or shipped_generator())[1]["sha256"]
+    said = {"num_samples": count, "batch_size": BATCH, "generator_sha256": weights, **settings}
     targets = [
         *_targets(figures, quick=arguments.quick),
         *_evidence.judged_targets(
             _evidence.read(_evidence.JUDGED),
-            checkpoint.load(weights)[1]["sha256"],
+            weights,
             checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
         ),
         *_evidence.head_targets(

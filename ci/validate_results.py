@@ -108,6 +108,13 @@ def find_problems(
         )
     if "streams" in reports:
         problems += _stream_problems(reports["streams"])
+    if "generation" in reports:
+        drawn_by = reports["generation"]["settings"].get("generator_sha256")
+        if drawn_by != reports["generation"]["weights_sha256"].get("ear"):
+            problems.append(
+                "generation: of another generator than the shipped one; run ci/generation.py without "
+                "--checkpoint"
+            )
     return problems
 
 

@@ -7,7 +7,6 @@ nothing to start.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import queue
@@ -58,13 +57,14 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
         The results, in the order of the shares.
 
     Raises:
-        WorkerError: a process failed or died; the others are stopped.
+        WorkerError: a process failed or died; the others are stopped. An error of this package is
+            raised as itself.
     """
     if len(shares) == 1:
         return [work(shares[0], progress)]
     context = multiprocessing.get_context("spawn")
     messages: Queue[tuple[int, str, Any]] = context.Queue()
-    threads = max(1, math.floor((os.cpu_count() or 1) / len(shares)))
+    threads = max(1, torch.get_num_threads() // len(shares))  # as OMP_NUM_THREADS says
     processes = [
         context.Process(target=_work, args=(k, work, share, messages, threads), daemon=True)
         for k, share in enumerate(shares)
@@ -85,7 +85,9 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
             elif kind == "result":
                 results[index] = content
             else:
-                line, trace = content
+                own, line, trace = content
+                if own is not None:
+                    raise own
                 error = WorkerError(line)
                 if hasattr(error, "add_note"):
                     error.add_note(trace)
@@ -130,5 +132,7 @@ def _work(index: int, work: Work, share: Any, messages: Any, threads: int) -> No
     except KeyboardInterrupt:
         return  # the parent was interrupted too, and says so
     except Exception as error:
+        # An error of this package (a damaged file, say) is the caller's as if there were one process.
+        own = error if type(error).__module__.partition(".")[0] == __package__ else None
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        messages.put((index, "error", (line, traceback.format_exc())))
+        messages.put((index, "error", (own, line, traceback.format_exc())))

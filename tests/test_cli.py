@@ -230,6 +230,27 @@ class TestLatents:
         assert "skipped in/a.png" in captured.err
         assert json.loads(captured.out.splitlines()[-1])["skipped"] == 1
 
+    def test_one_damaged_picture_does_not_end_the_other_jobs(
+        self,
+        photo: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        folder = tmp_path / "in"
+        folder.mkdir()
+        (folder / "a.png").write_text("no picture")
+        (folder / "b.png").write_bytes(photo.read_bytes())
+        arguments = ["encode", str(folder), str(tmp_path / "out"), "--side", "64", "--shard", "1"]
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for rank in ("0", "1"):  # torchrun ends all jobs where one has another exit code than 0
+            monkeypatch.setenv("RANK", rank)
+            assert main([*arguments, "--device", "cpu"]) == 0
+        captured = capsys.readouterr()
+        assert "skipped in/a.png" in captured.err
+        line = json.loads(captured.out.splitlines()[-1])
+        assert (line["pictures"], line["skipped"]) == (1, 1)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -1,6 +1,7 @@
 """The files around the package: checksums, version, and how setup_env.sh fails. No network needed."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -92,6 +93,24 @@ class TestChecksums:
         assert list(read_checksums(checkout)) == covered_by_checksums(checkout)
         assert "ci/run.sh" in read_checksums(checkout)
         assert not (checkout / ".venv").exists()
+
+
+class TestLock:
+    def test_what_the_lock_does_not_have_is_found(self, tmp_path: Path) -> None:
+        script = (ROOT / "setup_env.sh").read_text(encoding="utf-8")
+        function = re.search(r"^beyond_the_lock\(\) \{.*?^\}$", script, re.MULTILINE | re.DOTALL)
+        assert function is not None
+        installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+        requirements = tmp_path / "requirements.txt"
+        lines = [f"{name}==1.0 ; python_version\n    --hash=sha256:0\n" for name in installed]
+
+        def found(kept: list[str]) -> list[str]:
+            requirements.write_text("".join(kept), encoding="utf-8")
+            command = f'venv={sys.prefix!r}; {function[0]}\nbeyond_the_lock "{requirements}"'
+            return subprocess.check_output(["bash", "-c", command], text=True).split()
+
+        assert found(lines) == []
+        assert found([line for line in lines if not line.startswith("pytest==")]) == ["pytest"]
 
 
 class TestVersion:

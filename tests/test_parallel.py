@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.parallel import Progress, WorkerError, run_shares, worker_devices
 
 
@@ -23,6 +24,8 @@ def double(share: Any, progress: Progress) -> Any:
 def fail(share: Any, progress: Progress) -> Any:
     if share == "raise":
         raise ValueError("a number\nis wrong")
+    if share == "damaged":
+        raise CheckpointError("a.safetensors: damaged")
     if share == "die":
         os._exit(9)
     progress(1)
@@ -47,6 +50,26 @@ def test_a_failure_is_one_line(share: str, message: str) -> None:
         run_shares(fail, ["fine", share], lambda count: None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_package_is_what_it_would_be_with_one_process() -> None:
+    for shares in (["damaged"], ["fine", "damaged"]):
+        with pytest.raises(CheckpointError, match=r"^a\.safetensors: damaged$"):
+            run_shares(fail, shares, lambda count: None)
+
+
+def threads(share: Any, progress: Progress) -> int:
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("of_the_caller", "of_each"), [(8, 4), (3, 1), (1, 1)])
+def test_processes_share_the_threads_of_the_caller(of_the_caller: int, of_each: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(of_the_caller)
+    try:
+        assert run_shares(threads, [0, 1], lambda count: None) == [of_each] * 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_devices() -> None:

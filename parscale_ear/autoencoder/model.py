@@ -373,7 +373,8 @@ class ParScaleEAR(LiteVAE):
         device = torch.device("cpu" if device is None else device)
         if dtype is None:
             dtype = torch.float16 if device.type == "cuda" else torch.float32
-        fingerprint = model.latent_fingerprint()
+        # The header's: weights stored in BF16 are rounded, and are of the same latents all the same.
+        fingerprint = header.get("latent_fingerprint") or model.latent_fingerprint()
         model = model.to(device, dtype).eval()
         model._known_digests = {model._latent_digest(): fingerprint}  # BF16 rounds the weights
         return model

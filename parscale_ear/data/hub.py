@@ -56,6 +56,8 @@ def _open(text: str) -> tuple[Any, str]:
             dataset = datasets.load_from_disk(name)
             if isinstance(dataset, datasets.DatasetDict):
                 dataset = dataset[split or "train"]
+            elif split and split != str(dataset.split):
+                raise ValueError(f"it is one dataset, not several splits; leave out :{split}")
         else:
             dataset = datasets.load_dataset(name, split=split or "train")
         column = next((c for c in IMAGE_COLUMNS if c in dataset.column_names), None)

@@ -11,6 +11,7 @@ Shapes: N pictures, H W pixels, D features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import importlib
@@ -176,10 +177,10 @@ def inception_weights(named: Path | None = None, *, download: bool = True) -> Pa
         raise FeatureError(f"no {INCEPTION_FILE} in the torch cache ({cached.parent})")
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
-    cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f".{cached.name}.{os.getpid()}.part")
     timeout = socket.getdefaulttimeout()
     try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(part), progress=True)
         _check_digest(part)
@@ -191,7 +192,8 @@ def inception_weights(named: Path | None = None, *, download: bool = True) -> Pa
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be none, nor a folder
+            part.unlink()
     return cached
 
 
@@ -215,6 +217,8 @@ def load_extractor(
     Raises:
         FeatureError: it cannot be had.
     """
+    if weights is not None and choice.startswith("efficientnet"):
+        raise FeatureError(f"{weights}: Inception's weights are of no use to {choice}; name one")
     if choice == "efficientnet-lite0":
         return EfficientNetLite(0, device), ""
     if choice == "efficientnet-lite1":

@@ -159,12 +159,18 @@ class PictureScore(nn.Module):
                     for size in range(len(SIZES))
                 ]
         generator = torch.Generator().manual_seed(SEEN_SEED)
-        parts: list[list[list[Tensor]]] = [[] for _ in SIZES]
-        for batch in latents.split(BATCH):
+        found: list[list[Tensor]] = [[] for _ in SIZES]
+        for number, batch in enumerate(latents.split(BATCH)):
+            rows = slice(number * BATCH, number * BATCH + len(batch))
             with autocast_for(self.precision, self.device):
-                for size in range(len(SIZES)):
-                    parts[size].append(_moments(self.look(batch.to(self.device), size, generator)))
-        found = [[torch.cat(part) for part in zip(*batches, strict=True)] for batches in parts]
+                for size, whole in enumerate(found):
+                    moments = _moments(self.look(batch.to(self.device), size, generator))
+                    if not whole:
+                        # Before the loop has split the heap up: rows that are kept among feature maps
+                        # that are not would hold on to gigabytes of freed memory.
+                        whole += [f.new_empty(len(latents), f.shape[1]) for f in moments]
+                    for kept, f in zip(whole, moments, strict=True):
+                        kept[rows] = f
         if cache is not None:
             tensors = {
                 f"{s}.{k}": f.cpu() for s, row in enumerate(found) for k, f in enumerate(row)
@@ -199,9 +205,12 @@ class PictureScore(nn.Module):
 
     def _small_pictures(self, latents: Tensor) -> Tensor:
         """Real pictures of ``SMALL`` pixels a side, flat: (M, D)."""
+        small = latents.new_empty(len(latents), 3 * SMALL**2)
         with torch.no_grad(), autocast_for(self.precision, self.device):
-            parts = [_small(self.pictures(batch).clamp(-1, 1)) for batch in latents.split(BATCH)]
-        return torch.cat(parts)
+            for number, batch in enumerate(latents.split(BATCH)):
+                rows = slice(number * BATCH, number * BATCH + len(batch))
+                small[rows] = _small(self.pictures(batch).clamp(-1, 1))
+        return small
 
     def forward(
         self, seen: Seen, labels: Tensor, generator: torch.Generator | None = None

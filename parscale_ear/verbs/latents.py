@@ -113,7 +113,8 @@ def _encode(arguments: argparse.Namespace) -> int:
             }
         )
     )
-    return 2 if result.skipped else 0
+    # torchrun takes any other exit code than 0 for a failure, and ends the other jobs.
+    return 2 if result.skipped and world == 1 else 0
 
 
 def _decode(arguments: argparse.Namespace) -> int:

@@ -253,6 +253,17 @@ class TestFiles:
             half.encoder.level2.bias += 1
         assert half.latent_fingerprint() != tiny.latent_fingerprint()
 
+    def test_weights_stored_in_bf16_are_of_the_same_latents(
+        self, tiny: ParScaleEAR, tmp_path: Path
+    ) -> None:
+        stored = ParScaleEAR.from_pretrained(tiny.save_pretrained(tmp_path, dtype=torch.bfloat16))
+        assert stored.latent_fingerprint() == tiny.latent_fingerprint()
+        again = ParScaleEAR.from_pretrained(stored.save_pretrained(tmp_path / "again"))
+        assert again.latent_fingerprint() == tiny.latent_fingerprint()
+        with torch.no_grad():
+            stored.encoder.level2.bias += 1
+        assert stored.latent_fingerprint() != tiny.latent_fingerprint()
+
     def test_the_fingerprint_follows_encoder_and_normalisation(self, tiny: ParScaleEAR) -> None:
         before = tiny.latent_fingerprint()
         with torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def reports(results: Path) -> dict[str, dict[str, Any]]:
 class TestStreams:
     def test_the_twin_is_compared_round_by_round(self) -> None:
         # The machine is slower by half in the last rounds: both are.
-        assert ci.streams.twin_ratio([3.0, 4.6, 4.5], [2.0, 3.0, 3.0]) == pytest.approx(1.5)
+        found = ci.streams.twin_ratios([3.0, 4.5, 4.6], [2.0, 3.0, 2.0])
+        assert found == pytest.approx([1.5, 1.5, 2.3])
 
     def test_a_report_with_touched_figures_is_refused(
         self, reports: dict[str, dict[str, Any]]
@@ -117,6 +119,14 @@ class TestGeneration:
     def test_no_verdict_on_timings_in_a_quick_run(self, reports: dict[str, dict[str, Any]]) -> None:
         targets = {t["name"]: t["status"] for t in reports["generation"]["targets"]}
         assert [s for n, s in targets.items() if n.startswith("time of")] == ["SKIPPED"]
+
+    def test_classes_that_the_judge_does_not_know(self, tmp_path: Path) -> None:
+        model = EnergyAR.from_pretrained()
+        names = tuple(sorted(model.config.class_names))  # the same ones, in another order
+        model.config = replace(model.config, class_names=names)
+        path = model.save_pretrained(tmp_path)
+        with pytest.raises(_common.UsageError, match="the judge knows tench, English springer"):
+            ci.generation.main(["--quick", "--device", "cpu", "--checkpoint", str(path)])
 
     def test_too_few_pictures(self) -> None:
         with pytest.raises(_common.UsageError, match="at least 20"):
@@ -177,6 +187,10 @@ class TestValidation:
             (lambda r: r["fid"]["figures"]["reference"].update(sha256="0"), "different pictures"),
             (lambda r: r["fid"]["figures"].update(features="inception"), "or features"),
             (lambda r: r["sanity"]["targets"][0].update(status="MISSED"), "does not follow"),
+            (
+                lambda r: r["generation"]["settings"].update(generator_sha256="0"),
+                "another generator than the shipped one",
+            ),
         ],
     )
     def test_stale_or_mixed_reports_are_refused(
@@ -264,10 +278,14 @@ class TestTargets:
             ("FD-EfficientNetLite1", "PASS"),
         ):
             targets = ci.fid_eval._targets(result(name), "hybrid")
-            lowered = [t for t in targets if "sharp − faithful" in t.name]
+            lowered = [t for t in targets if f"{name}, (sharp − faithful)" in t.name]
+            lowered = [t for t in lowered if "model card" not in t.name]
             assert [t.status for t in lowered] == [expected]
             earned = [t for t in targets if "upper end" in t.name]
             assert [(t.status, t.value) for t in earned] == [("MISSED", 0.1)]
+            assert sum("model card" in t.name for t in targets) == 6
+            alone = ci.fid_eval._targets(result(name), "baseline")
+            assert [t.status for t in alone] == ["SKIPPED"]  # of LiteVAE alone there is no verdict
 
     def test_the_cards_bars_are_judged_in_full_runs(self) -> None:
         def facts(psnr: float, distance: float) -> dict[str, Any]:

@@ -57,6 +57,16 @@ def test_a_split_does_not_give_the_folder_away(tmp_path: Path) -> None:
     assert ref.origin == "saved:test"
 
 
+def test_a_split_of_a_single_dataset_must_be_its_own(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="leave out :test"):
+        find_images([f"hf:{saved}:test"])
+    rows = {"image": [{"bytes": b"x", "path": None}]}
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    data = datasets.Dataset.from_dict(rows, features=features, split="test")
+    data.save_to_disk(str(tmp_path / "part"))
+    assert len(find_images([f"hf:{tmp_path}/part:test"])) == 1
+
+
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="could not be opened"):
         find_images([f"hf:{tmp_path}/nothing"])

@@ -68,6 +68,21 @@ class TestInception:
         with pytest.raises(FeatureError, match="no such file"):
             load_extractor("auto", weights=tmp_path / "missing.pth")
 
+    def test_weights_of_inception_are_not_ignored_beside_another_extractor(
+        self, tmp_path: Path
+    ) -> None:
+        with pytest.raises(FeatureError, match="of no use to efficientnet-lite1"):
+            load_extractor("efficientnet-lite1", weights=tmp_path / "inception.pth")
+
+    def test_a_cache_that_cannot_be_written_to_is_no_crash(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+        with pytest.raises(FeatureError, match="--inception-weights"):
+            inception_weights()
+        assert load_extractor("auto")[0].distance == "FD-EfficientNetLite1"
+
     def test_no_download_says_where_it_looked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
