@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@contextlib.contextmanager
+def _single_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def with_one_thread() -> Callable[[Callable[[], bool]], bool]:
+    """Calls a training as tests do that have ``one_thread``."""
+
+    def call(train: Callable[[], bool]) -> bool:
+        with _single_thread():
+            return train()
+
+    return call
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, where bits are compared: on some CPUs they depend on how threads share the work.
@@ -39,10 +61,8 @@ def one_thread() -> Iterator[None]:
     (AVX-512 with AMX, torch 2.9.1: convolutions of one small picture; and even equal trainings with
     two threads end 1e-8 apart.)
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with _single_thread():
+        yield
 
 
 @pytest.fixture

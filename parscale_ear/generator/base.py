@@ -263,8 +263,10 @@ class NextScaleGenerator(nn.Module):
             (B, L, C), behind the output norm.
 
         Raises:
-            ValueError: the streams are another backbone's.
+            ValueError: the streams are another backbone's, or ``each`` is asked for without any.
         """
+        if each and streams is None:
+            raise ValueError("each is of streams, and there are none; give streams or leave it out")
         transformer = self.transformer
         count = 1 if streams is None else streams.count
         prefix = None

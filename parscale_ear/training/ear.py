@@ -154,7 +154,7 @@ def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...]]:
     labels = torch.tensor([data[i]["label"] for i in range(count)])
     if int(labels.min()) < 0:
         raise TrainingError(f"{folder}: some latents have no class")
-    latents = torch.stack(sides, dim=1)  # (N, 1 or 2, Z, S, S)
+    latents = torch.stack(sides, dim=1).float()  # (N, 1 or 2, Z, S, S), however they are stored
     if latents.shape[3] != latents.shape[4]:
         raise TrainingError(f"{folder}: latents must be square, got {tuple(latents.shape[3:])}")
     return LatentStore(latents, labels), tuple(data.classes)

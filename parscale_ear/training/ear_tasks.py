@@ -40,7 +40,7 @@ LARGE_EVERY = 4  # steps, of which Lite0 sees one's pictures at its larger size
 class LatentStore:
     """Latents in memory, as they are and mirrored, and their labels."""
 
-    latents: Tensor  # (N, 1 or 2, Z, S, S)
+    latents: Tensor  # (N, 1 or 2, Z, S, S), FP32
     labels: Tensor  # (N,), int64
 
     def __len__(self) -> int:

@@ -48,7 +48,8 @@ class Claim:
             more: JSON-serialisable facts that must also be the same.
 
         Raises:
-            TrainingError: the folder holds a run and ``resume`` is false, or another recipe's.
+            TrainingError: the folder holds a run, or weights, and ``resume`` is false; or another
+                recipe's run.
             ModuleNotFoundError: a package for training is missing.
         """
         self.world: World = find_world(torch.device(recipe.device))  # type: ignore[attr-defined]
@@ -56,8 +57,16 @@ class Claim:
         self.path, self.asked = out / RECIPE_FILE, json.loads(json.dumps(told))
         build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
         if not self.path.exists():
+            done = sorted(path.name for path in out.glob("*.safetensors"))
+            if done and not resume:  # they would count as finished stages
+                raise TrainingError(f"{out} holds {done[0]}, but no run; name a new folder")
             if resume:
-                log.warning("%s holds no run yet; a new one starts there", out)
+                kept = (
+                    f"{', '.join(done)} count as finished stages"
+                    if done
+                    else "a new one starts there"
+                )
+                log.warning("%s holds no run yet; %s", out, kept)
             return
         if not resume:
             raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
@@ -103,7 +112,8 @@ def split_pictures(
 
     Args:
         images: files, folders, tars and datasets to train on.
-        validation: the same to measure on; none: some of the others are held out.
+        validation: the same to measure on; none: some of the others are held out, never the
+            first of a class.
         held_out: at most so many are held out.
         most_validated: at most so many of those named are used, evenly spread.
 
@@ -115,8 +125,17 @@ def split_pictures(
         named = find_images(validation)
         return training, named[:: -(-len(named) // most_validated)]
     every = max(10, -(-len(training) // held_out))
-    kept = [ref for index, ref in enumerate(training) if index % every]
-    return kept or training, training[::every]
+    first: dict[str, int] = {}  # of every class; pictures may also be of none
+    for index, ref in enumerate(training):
+        first.setdefault(ref.label, index)
+    firsts = {index for label, index in first.items() if label}
+    held = set(range(0, len(training), every)) - firsts
+    if not held or len(held) == len(training):
+        return training, training[::every]
+    parts = [
+        [ref for index, ref in enumerate(training) if (index in held) is h] for h in (False, True)
+    ]
+    return parts[0], parts[1]
 
 
 def load_labelled(

@@ -9,6 +9,7 @@ from parscale_ear.generator.var import VARConfig
 from parscale_ear.generator.vqvae import VQVAEConfig
 from parscale_ear.training.loop import LoopConfig, Precision, check_seed
 
+SSIM_WINDOW = 11  # pixels, of the SSIM that a tokenizer's pictures are measured by
 TOKENIZER_SHARE = 0.35  # of the time of tokenizer and VAR together
 
 
@@ -45,7 +46,7 @@ class VARRecipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name, least in (("batch", 1), ("stream_steps", 1), ("side", 1)):
+        for name, least in (("batch", 1), ("stream_steps", 1), ("side", SSIM_WINDOW)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_seed(self.seed)

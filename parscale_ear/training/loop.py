@@ -48,6 +48,10 @@ class TrainingError(Exception):
     """A training that cannot start or go on; the message is one line."""
 
 
+class DivergedError(TrainingError):
+    """A training whose loss or gradient is no number any more."""
+
+
 class Task(Protocol):
     """What the loop trains."""
 
@@ -200,9 +204,7 @@ class Run:
             self.optimizer = build_optimizer(
                 [p for p in trained if id(p) not in tables], config.learning_rate, tables.values()
             )
-        self.scaler = GradScaler(
-            self.device.type, enabled=config.precision == "fp16" and self.device.type == "cuda"
-        )
+        self.scaler = GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._clock = time.monotonic()
         path = out / CHECKPOINT_FILE
         if path.exists() and not resume:
@@ -333,7 +335,7 @@ class Run:
         self.world.mean_([values])
         for name, value in zip(names, values.tolist(), strict=True):
             if not math.isfinite(value):
-                raise TrainingError(
+                raise DivergedError(
                     f"the {name.replace('_', ' ')} became {value} at step {self.progress.step}; "
                     "start again in a new folder with a lower --learning-rate"
                 )

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.images import ImageError
+from parscale_ear.device import UsageError
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.training.loop import TrainingError
 
@@ -19,6 +20,7 @@ MISTAKES = (
     ImageError,
     ModuleNotFoundError,
     TrainingError,
+    UsageError,
     ValueError,
     OSError,
 )

@@ -22,6 +22,7 @@ import torch
 
 from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.device import resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
 from parscale_ear.training import judging
@@ -64,7 +65,10 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
 
 
 def judge_streams(
-    run: Path, training_paths: Sequence[str], validation_paths: Sequence[str]
+    run: Path,
+    training_paths: Sequence[str],
+    validation_paths: Sequence[str],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Draws pictures with every trained number of streams and judges them; writes a grid of each.
 
@@ -72,6 +76,7 @@ def judge_streams(
         run: folder of a finished training.
         training_paths: the pictures it was trained on.
         validation_paths: others.
+        device: where to draw and to judge.
 
     Returns:
         The run's scores, and by number of streams, in their order: Fréchet ``distance`` to the
@@ -85,7 +90,6 @@ def judge_streams(
         FeatureError: Lite1's packages are missing.
     """
     recipe, scores = read_run(run)
-    device = torch.device(recipe.device)
     autoencoder = ParScaleEAR.from_pretrained(
         decoder=DEFAULT_DECODER, dtype=torch.float32, device=device
     )
@@ -135,10 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of parscale-ear train ear --streams ...")
     add_pictures(parser, "--training", "--validation")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args(argv)
     result = attempt(
         "stream_judging",
-        lambda: judge_streams(arguments.run, arguments.training, arguments.validation),
+        lambda: judge_streams(
+            arguments.run,
+            arguments.training,
+            arguments.validation,
+            resolve_device(arguments.device),
+        ),
     )
     if result is None:
         return FAILED

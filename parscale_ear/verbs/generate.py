@@ -100,6 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     kind = "VAR" if arguments.official else read_kind(path)
     if kind not in GUIDANCE:
         raise UsageError(f"{path}: is of kind {kind}, which draws no pictures")
+    if arguments.mode == "aggregate" and arguments.streams_weights is None:
+        raise UsageError("--mode aggregate joins trained streams; give --streams-weights")
     options = _options(arguments, kind)
     model = (_var if kind == "VAR" else _ear)(arguments, path, device)
     label = _label(arguments.label, model)

@@ -255,10 +255,13 @@ def _start(arguments: argparse.Namespace) -> str | None:
 def _train(train: Callable[[], bool], out: Path) -> int:
     from parscale_ear.device import UsageError
     from parscale_ear.training.distributed import leave_world
-    from parscale_ear.training.loop import TrainingError
+    from parscale_ear.training.loop import DivergedError, TrainingError
 
     try:
         finished = train()
+    except DivergedError as error:  # no mistake in what was asked for
+        print(f"parscale-ear: {error}", file=sys.stderr)
+        return 1
     except TrainingError as error:
         raise UsageError(str(error)) from error
     finally:

@@ -150,7 +150,11 @@ def test_weights_that_draw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--class", "10"], "0..9"),
         (["--top-p", "0"], "top_p must be above 0"),
         (["--guidance", "-1"], "guidance must be at least 0"),
-        (["--streams", "2", "--mode", "aggregate"], "needs trained streams"),
+        (
+            ["--streams", "2", "--mode", "aggregate"],
+            "joins trained streams; give --streams-weights",
+        ),
+        (["--mode", "aggregate"], "joins trained streams; give --streams-weights"),
         (["--out", "grid.jpg"], "name a .png file"),
         (["--streams-weights", "none.safetensors"], "no such weight file"),
         (["--checkpoint", "none.safetensors"], "no such weight file"),

@@ -107,6 +107,13 @@ def test_cached_and_uncached_streams_agree(load: Callable[..., VAR], kind: str, 
         torch.testing.assert_close(direct, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_each_stream_needs_streams(var: VAR) -> None:
+    tokens, _ = var.generate_tokens([3, 7], guidance=0)
+    maps = var.vqvae.quantizer.teacher_input(tokens)
+    with pytest.raises(ValueError, match="give streams or leave it out"):
+        var.logits_from_maps(torch.tensor([0, 1]), maps, each=True)
+
+
 def test_weights_are_smoothed_and_sum_to_one() -> None:
     config = TransformerConfig(depth=1, width=8, heads=2, counts=(1, 4))
     streams = ParallelStreams.fitting(config, 4, smoothing=0.2)

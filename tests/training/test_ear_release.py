@@ -362,7 +362,9 @@ def test_streams_are_judged_by_what_they_draw_together(
     assert train_ear(asked, run)
     asked_for = json.loads((run / "recipe.json").read_text())
     (run / "recipe.json").write_text(json.dumps({**asked_for, "layout_channels": 0}))  # as 0.6 did
-    assert stream_judging.main(words) == 0
+    assert stream_judging.main([*words, "--device", "cuda:99"]) == 2
+    assert "cuda" in capsys.readouterr().err.splitlines()[-1]
+    assert stream_judging.main([*words, "--device", "cpu"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in told] == ["P = 1", "P = 2"]
     result = json.loads((run / "streams_judged.json").read_text())

@@ -36,6 +36,7 @@ pytest.importorskip("timm", reason="training needs the extra 'train'")
 
 
 Killed = Callable[[int, Callable[[], object]], None]  # conftest.py
+OneThread = Callable[[Callable[[], bool]], bool]  # likewise
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +87,13 @@ def recipe(latents: Path) -> EARRecipe:
 
 
 @pytest.fixture(scope="module")
-def trained(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    latents: Path, tmp_path_factory: pytest.TempPathFactory, with_one_thread: OneThread
+) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train_ear(recipe.__wrapped__(latents), out)  # type: ignore[attr-defined]
+    asked = recipe.__wrapped__(latents)  # type: ignore[attr-defined]
+    assert with_one_thread(lambda: train_ear(asked, out))  # its bits are compared below
     return out
 
 
@@ -376,6 +380,19 @@ def test_training_learns_the_classes(recipe: EARRecipe, tmp_path: Path) -> None:
     assert float(lower_minus_upper[4:].mean()) < -0.3
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_latents_of_any_dtype_are_trained_on(
+    recipe: EARRecipe, pictures: Path, tmp_path: Path, dtype: str
+) -> None:
+    out = tmp_path / dtype
+    words = ["encode", str(pictures), str(out), "--side", "32", "--mirror", "--dtype", dtype]
+    assert main([*words, "--device", "cpu"]) == 0
+    tiny = replace(recipe, latents=str(out), validation=str(out), steps=2, streams=())
+    assert train_ear(tiny, tmp_path / "run")
+    assert read_log(tmp_path / "run" / "pictures")[-1]["finished"]
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("steps", [7, 21, 25])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     recipe: EARRecipe, trained: Path, tmp_path: Path, killed_after: Killed, steps: int

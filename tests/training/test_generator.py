@@ -23,6 +23,7 @@ from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE, VQVAEConfig
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.folder import split_pictures
 from parscale_ear.training.generator import load_labelled, train_var
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.generator_tasks import (
@@ -38,6 +39,7 @@ pytest.importorskip("timm", reason="training needs the extra 'train'")
 
 
 Killed = Callable[[int, Callable[[], object]], None]  # conftest.py
+OneThread = Callable[[Callable[[], bool]], bool]  # likewise
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +81,13 @@ def recipe(pictures: Path) -> VARRecipe:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    pictures: Path, tmp_path_factory: pytest.TempPathFactory, with_one_thread: OneThread
+) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train_var(recipe.__wrapped__(pictures), out)  # type: ignore[attr-defined]
+    asked = recipe.__wrapped__(pictures)  # type: ignore[attr-defined]
+    assert with_one_thread(lambda: train_var(asked, out))  # its bits are compared below
     return out
 
 
@@ -143,6 +148,7 @@ def test_training_lowers_the_losses(pictures: Path, recipe: VARRecipe, tmp_path:
     assert after < before - 0.005
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("steps", [4, 18, 33])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     recipe: VARRecipe, trained: Path, tmp_path: Path, killed_after: Killed, steps: int
@@ -162,6 +168,36 @@ def test_another_recipe_is_refused(recipe: VARRecipe, trained: Path) -> None:
         train_var(recipe, trained)
     with pytest.raises(TrainingError, match="another depth"):
         train_var(replace(recipe, depth=3), trained, resume=True)
+
+
+def test_weights_without_a_run_are_no_finished_stages(
+    recipe: VARRecipe, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(trained / "tokenizer.safetensors", out)
+    with pytest.raises(TrainingError, match=r"holds tokenizer\.safetensors, but no run"):
+        train_var(recipe, out)
+    assert [path.name for path in out.iterdir()] == ["tokenizer.safetensors"]
+
+
+def test_too_small_a_side_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="side must be at least 11, got 8"):
+        VARRecipe(images=("a",), side=8, sides=(1, 2, 4))
+
+
+def test_the_only_picture_of_a_class_is_not_held_out(pictures: Path, tmp_path: Path) -> None:
+    source = next(p for p in pictures.rglob("*") if p.is_file())
+    for number in range(21):
+        (tmp_path / f"{number:02d}").mkdir()
+        shutil.copy(source, tmp_path / f"{number:02d}" / "a.png")
+    for _ in range(2):
+        shutil.copy(source, tmp_path / "19" / f"{_}.png")
+    training, held = split_pictures([str(tmp_path)], [])
+    assert {ref.label for ref in training} == {f"{number:02d}" for number in range(21)}
+    assert [(ref.label, ref.relative) for ref in held] == [("19", "19/1.png")]
+    few, same = split_pictures([str(source)], [])
+    assert [ref.name for ref in few] == [ref.name for ref in same]
 
 
 def test_pictures_without_classes_are_refused(
@@ -220,10 +256,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(pictures: Path, tmp_path
     ]
     two = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
-    def run(name: str, batch: int, launcher: list[str]) -> Path:
+    def run(name: str, batch: int, launcher: list[str], *more: str) -> Path:
         out = tmp_path / name
+        options = ["--batch", str(batch), "--out", str(out), *more]
         done = subprocess.run(
-            [sys.executable, "-m", *launcher, *common, "--batch", str(batch), "--out", str(out)],
+            [sys.executable, "-m", *launcher, *common, *options],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -234,7 +271,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(pictures: Path, tmp_path
     alone = run("alone", 8, [])
     (tmp_path / "together").mkdir()  # with the same tokenizer: its codebook starts by chance
     shutil.copy(alone / "tokenizer.safetensors", tmp_path / "together")
-    together = run("together", 4, two)
+    together = run("together", 4, two, "--resume")
     for name in ("var", "streams2"):
         load = VAR.from_pretrained if name == "var" else ParallelStreams.from_pretrained
         ours, theirs = (load(d / f"{name}.safetensors").state_dict() for d in (alone, together))
@@ -248,12 +285,12 @@ def test_two_processes_equal_one_with_the_doubled_batch(pictures: Path, tmp_path
 
 
 def test_idle_codebook_vectors_are_put_where_vectors_are_looked_up(tmp_path: Path) -> None:
-    recipe = VARRecipe(images=("a",), side=8, sides=(1, 2, 4), vocabulary=8, latent_channels=4,
+    recipe = VARRecipe(images=("a",), side=16, sides=(1, 2, 4), vocabulary=8, latent_channels=4,
                        tokenizer_width=8, batch=4, feature_weight=0.0)  # fmt: skip
     vqvae = VAR(recipe.var_config(2)).vqvae
     with torch.no_grad():
         vqvae.quantizer.codebook.weight[3:] = 1e6  # never the nearest
-    squares = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    squares = torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8)
     world = OneProcess(torch.device("cpu"))
     task = TokenizerTask(vqvae, squares, squares, recipe, tmp_path, world)
     task.idle.zero_()
@@ -318,3 +355,18 @@ def test_wrong_use_is_one_line(
     assert message in lines[-1]
     assert lines[-1].startswith("parscale-ear: ")
     assert not out.exists()
+
+
+def test_a_training_that_diverges_is_no_wrong_use(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        "parscale_ear.training.generator_tasks.log_mse_loss",
+        lambda restored, images: restored.mean() * float("nan"),
+    )
+    words = ["train", "var", "--images", str(pictures), "--side", "16", "--sides", "1", "2", "4"]
+    words += ["--steps", "3", "--streams", "--feature-weight", "0", "--tokenizer-width", "8"]
+    assert main([*words, "--out", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("parscale-ear: the loss became nan at step")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
+    DivergedError,
     LoopConfig,
     Precision,
     Progress,
@@ -115,6 +116,19 @@ def test_bf16_by_itself_only_where_there_are_kernels_for_it(
     assert task.dtypes == {computed}
 
 
+def test_gradients_are_scaled_in_fp16_on_the_cpu_too(tmp_path: Path) -> None:
+    class Faint(Toy):
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, figures = super().loss(step)
+            return loss * 1e-8, figures  # of which FP16 has nothing left
+
+    loop = LoopConfig(steps=3, precision="fp16", log_steps=1)
+    assert Run(Faint(), loop, tmp_path / "run").train()
+    norms = [line["gradient_norm"] for line in read_log(tmp_path / "run") if "loss" in line]
+    assert len(norms) == 3
+    assert min(norms) > 1e-9
+
+
 def config(steps: int = 40) -> LoopConfig:
     return LoopConfig(
         steps=steps, precision="fp32", log_steps=5, warmup_steps=5, learning_rate=0.03
@@ -181,7 +195,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
             return loss * float("nan"), figures
 
     for steps in (40, 3):  # seen at a line of the log, and at the end
-        with pytest.raises(TrainingError, match="became nan"):
+        with pytest.raises(DivergedError, match="became nan"):
             Run(Broken(), config(steps), tmp_path / str(steps)).train()
         assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
 
