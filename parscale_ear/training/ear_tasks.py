@@ -204,7 +204,7 @@ class PicturesTask(EARTask):
     ) -> None:
         """Sets up the stage; looks at all real pictures once."""
         super().__init__(generator, store, validation, recipe, folder, world)
-        cache = folder / f"features{world.rank}.safetensors"
+        cache = folder / "features.safetensors"
         sides = store.latents.shape[1]
         self.score = PictureScore(
             generator.autoencoder,
@@ -213,6 +213,7 @@ class PicturesTask(EARTask):
             cache=cache,
             class_weight=recipe.class_weight,
             precision=recipe.precision,
+            world=world,
         )
         self.members = [
             torch.nonzero(store.labels == label)[:, 0].numpy()

@@ -24,7 +24,7 @@ Shapes: N latents, B draws, M observations, D features, Z channels, S side of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
+from parscale_ear.training.distributed import OneProcess, World
 from parscale_ear.training.lite_maps import LiteMaps
 from parscale_ear.training.loop import Precision, autocast_for, resolve_precision
 
@@ -96,6 +97,7 @@ class PictureScore(nn.Module):
         cache: Path | None = None,
         class_weight: float = 0.0,
         precision: Precision = "auto",
+        world: World | None = None,
     ) -> None:
         """Looks at all real pictures once.
 
@@ -104,10 +106,11 @@ class PictureScore(nn.Module):
             latents: (N, Z, S, S), normalised.
             labels: (N,), int64.
             cache: file for what was seen, so that a resumed run need not look again; written
-                anew if it is of other latents or of another precision.
+                anew if it is of other latents or of another precision. One for all processes.
             class_weight: of the classifier's cross-entropy.
             precision: that real pictures are seen in; drawn ones are scored in the caller's, which
                 must be the same.
+            world: the processes, which share the looking; None: one.
 
         Raises:
             FeatureError: Lite0's packages are missing.
@@ -120,6 +123,7 @@ class PictureScore(nn.Module):
             raise ValueError(f"no latents of the classes {', '.join(map(str, empty))}")
         self.autoencoder = autoencoder.requires_grad_(False)
         self.device = next(autoencoder.parameters()).device
+        self.world: World = world or OneProcess(self.device)
         self.network = LiteMaps(self.device)
         self.precision = resolve_precision(precision, self.device)
         seen = self._look_at_all(latents, cache)
@@ -138,7 +142,8 @@ class PictureScore(nn.Module):
             for size, features in enumerate(seen)
         ]
         self.latents = [latents[chosen].to(self.device) for chosen in members]
-        self.small = [self._small_pictures(part) for part in self.latents]
+        small = self._small_pictures(latents)
+        self.small = [small[chosen] for chosen in members]
 
     @torch.no_grad()
     def _look_at_all(self, latents: Tensor, cache: Path | None) -> list[list[Tensor]]:
@@ -158,20 +163,18 @@ class PictureScore(nn.Module):
                     [tensors[f"{size}.{k}"].to(self.device) for k in range(maps)]
                     for size in range(len(SIZES))
                 ]
-        generator = torch.Generator().manual_seed(SEEN_SEED)
-        found: list[list[Tensor]] = [[] for _ in SIZES]
-        for number, batch in enumerate(latents.split(BATCH)):
-            rows = slice(number * BATCH, number * BATCH + len(batch))
-            with autocast_for(self.precision, self.device):
-                for size, whole in enumerate(found):
-                    moments = _moments(self.look(batch.to(self.device), size, generator))
-                    if not whole:
-                        # Before the loop has split the heap up: rows that are kept among feature maps
-                        # that are not would hold on to gigabytes of freed memory.
-                        whole += [f.new_empty(len(latents), f.shape[1]) for f in moments]
-                    for kept, f in zip(whole, moments, strict=True):
-                        kept[rows] = f
-        if cache is not None:
+
+        def look(number: int, rows: slice) -> list[Tensor]:
+            batch, moments = latents[rows].to(self.device), []
+            for size in range(len(SIZES)):
+                seed = SEEN_SEED + number * len(SIZES) + size
+                moments += _moments(self.look(batch, size, torch.Generator().manual_seed(seed)))
+            return moments
+
+        parts = self._share(len(latents), look)
+        maps = len(parts) // len(SIZES)
+        found = [parts[size * maps : (size + 1) * maps] for size in range(len(SIZES))]
+        if cache is not None and self.world.rank == 0:
             tensors = {
                 f"{s}.{k}": f.cpu() for s, row in enumerate(found) for k, f in enumerate(row)
             }
@@ -204,13 +207,39 @@ class PictureScore(nn.Module):
         return [(f - mean) / (deviation * f.shape[1] ** 0.5) for f, mean, deviation in rows]
 
     def _small_pictures(self, latents: Tensor) -> Tensor:
-        """Real pictures of ``SMALL`` pixels a side, flat: (M, D)."""
-        small = latents.new_empty(len(latents), 3 * SMALL**2)
-        with torch.no_grad(), autocast_for(self.precision, self.device):
-            for number, batch in enumerate(latents.split(BATCH)):
-                rows = slice(number * BATCH, number * BATCH + len(batch))
-                small[rows] = _small(self.pictures(batch).clamp(-1, 1))
-        return small
+        """Real pictures of ``SMALL`` pixels a side, flat: (N, D)."""
+        (found,) = self._share(
+            len(latents),
+            lambda _, rows: [_small(self.pictures(latents[rows].to(self.device)).clamp(-1, 1))],
+        )
+        return found
+
+    @torch.no_grad()
+    def _share(self, count: int, look: Callable[[int, slice], Sequence[Tensor]]) -> list[Tensor]:
+        """What there is to see of all real pictures; the processes share the looking.
+
+        Args:
+            count: of pictures.
+            look: number and rows of a batch → (B, D) each.
+
+        Returns:
+            (count, D) each, the same in all processes.
+        """
+        starts = range(0, count, BATCH)
+        found: list[Tensor] = []
+        for number in range(min(self.world.rank, len(starts) - 1), len(starts), self.world.size):
+            rows = slice(starts[number], min(starts[number] + BATCH, count))
+            with autocast_for(self.precision, self.device):
+                seen = look(number, rows)
+            if not found:
+                # Before the loop has split the heap up: rows that are kept among feature maps
+                # that are not would hold on to gigabytes of freed memory.
+                found = [part.new_zeros(count, part.shape[1]) for part in seen]
+            if number % self.world.size == self.world.rank:  # else it tells the sizes alone
+                for whole, part in zip(found, seen, strict=True):
+                    whole[rows] = part
+        self.world.mean_(found)  # of one process's rows and the others' zeros
+        return [whole * self.world.size for whole in found] if self.world.size > 1 else found
 
     def forward(
         self, seen: Seen, labels: Tensor, generator: torch.Generator | None = None

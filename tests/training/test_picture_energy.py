@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.energy import energy_score
+from parscale_ear.training import picture_energy
+from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.loop import Precision, autocast_for
 from parscale_ear.training.picture_energy import (
     BRIGHTNESS,
@@ -162,6 +165,30 @@ def test_what_was_seen_is_kept(latents: Tensor, score: PictureScore, tmp_path: P
         written = cache.stat().st_mtime_ns
         PictureScore(sharp, latents, LABELS, cache=cache, precision=precision)
         assert (cache.stat().st_mtime_ns == written) == kept, "another precision sees others"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processes_share_the_looking(latents: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneOf(OneProcess):
+        """A process that keeps what it would tell the others."""
+
+        def __init__(self, rank: int, size: int) -> None:
+            super().__init__(torch.device("cpu"))
+            self.rank, self.size = rank, size
+            self.told: list[Tensor] = []
+
+        def mean_(self, tensors: Iterable[Tensor]) -> None:
+            self.told += [part.clone() for part in tensors]
+
+    monkeypatch.setattr(picture_energy, "BATCH", 5)  # three batches
+    for size in (2, 4):  # of four processes one has nothing to look at
+        worlds = [OneOf(rank, size) for rank in range(size)]
+        for world in (alone := OneOf(0, 1), *worlds):
+            PictureScore(ParScaleEAR.from_pretrained(), latents, LABELS, world=world)
+        assert len(alone.told) == len(worlds[0].told) > 3
+        for whole, *shares in zip(alone.told, *(world.told for world in worlds), strict=True):
+            assert torch.equal(torch.stack(shares).sum(0), whole)
+            assert all(not torch.equal(share, whole) for share in shares)
 
 
 def test_lite0_sees_pictures_changed_and_keeps_their_gradient(
