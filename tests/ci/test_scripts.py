@@ -124,7 +124,7 @@ class TestGeneration:
         model = EnergyAR.from_pretrained()
         names = tuple(sorted(model.config.class_names))  # the same ones, in another order
         model.config = replace(model.config, class_names=names)
-        path = model.save_pretrained(tmp_path)
+        path = model.save_pretrained(tmp_path / "ear.safetensors")
         with pytest.raises(_common.UsageError, match="the judge knows tench, English springer"):
             ci.generation.main(["--quick", "--device", "cpu", "--checkpoint", str(path)])
 
