@@ -218,7 +218,9 @@ def load_extractor(
         FeatureError: it cannot be had.
     """
     if weights is not None and choice.startswith("efficientnet"):
-        raise FeatureError(f"{weights}: Inception's weights are of no use to {choice}; name one")
+        raise FeatureError(
+            f"{weights}: {choice} has no use for Inception's weights; leave them out"
+        )
     if choice == "efficientnet-lite0":
         return EfficientNetLite(0, device), ""
     if choice == "efficientnet-lite1":

@@ -61,12 +61,8 @@ class Claim:
             if done and not resume:  # they would count as finished stages
                 raise TrainingError(f"{out} holds {done[0]}, but no run; name a new folder")
             if resume:
-                kept = (
-                    f"{', '.join(done)} count as finished stages"
-                    if done
-                    else "a new one starts there"
-                )
-                log.warning("%s holds no run yet; %s", out, kept)
+                taken = f"; finished there: {', '.join(done)}" if done else ""
+                log.warning("%s holds no run yet; a new one starts there%s", out, taken)
             return
         if not resume:
             raise TrainingError(f"{out} already holds a run; add --resume, or name a new folder")
@@ -125,17 +121,16 @@ def split_pictures(
         named = find_images(validation)
         return training, named[:: -(-len(named) // most_validated)]
     every = max(10, -(-len(training) // held_out))
-    first: dict[str, int] = {}  # of every class; pictures may also be of none
+    seen: set[str] = set()  # classes; pictures may also be of none
+    kept: list[ImageRef] = []
+    held: list[ImageRef] = []
     for index, ref in enumerate(training):
-        first.setdefault(ref.label, index)
-    firsts = {index for label, index in first.items() if label}
-    held = set(range(0, len(training), every)) - firsts
-    if not held or len(held) == len(training):
+        first = ref.label != "" and ref.label not in seen
+        seen.add(ref.label)
+        (kept if index % every or first else held).append(ref)
+    if not kept or not held:
         return training, training[::every]
-    parts = [
-        [ref for index, ref in enumerate(training) if (index in held) is h] for h in (False, True)
-    ]
-    return parts[0], parts[1]
+    return kept, held
 
 
 def load_labelled(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,36 @@ class TestStreams:
         # The machine is slower by half in the last rounds: both are.
         found = ci.streams.twin_ratios([3.0, 4.5, 4.6], [2.0, 3.0, 2.0])
         assert found == pytest.approx([1.5, 1.5, 2.3])
+
+    def test_pairs_beside_the_twin_count_for_the_ratio_only(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = {1: 0, 2: 0}  # by number of streams
+        clock = [0.0]
+
+        def run(var: object, streams: object, case: ci._streams.Case, **options: object) -> None:
+            calls[case.streams] += 1
+            for times in (case.seconds, case.token_seconds):
+                times.append(float(calls[case.streams]))
+            case.scale_seconds.append([float(calls[case.streams])])
+
+        def twin(*rest: object, **options: object) -> None:
+            clock[0] += 10
+
+        monkeypatch.setattr(ci.streams, "run_case", run)
+        monkeypatch.setattr(ci.streams, "eager_tokens", twin)
+        monkeypatch.setattr(ci.streams, "streams_for", lambda *rest: (1, ""))
+        monkeypatch.setattr(ci.streams, "now", lambda device: clock[0])
+        cases = [ci._streams.Case(1, "diverse"), ci._streams.Case(2, "diverse")]
+        options = {"label": 0, "guidance": 0.0, "seed": 0}
+        var: Any = SimpleNamespace(
+            transformer=SimpleNamespace(positions=torch.zeros(1)), config=None
+        )
+        found = ci.streams._time(var, var, ci._streams.Source(), cases, 2, 3, options)
+        # Rounds 1 (a warm-up), 2 and 3 in turn; 4 to 6 beside the twin; 7 and 8 one by one.
+        assert cases[0].seconds == cases[0].token_seconds == cases[1].seconds == [2, 3]
+        assert cases[0].scale_seconds == [[2], [3]]
+        assert found == ({2: 15}, [10, 10], [10 / k for k in (2, 3, 4, 5, 6)])
 
     def test_a_report_with_touched_figures_is_refused(
         self, reports: dict[str, dict[str, Any]]

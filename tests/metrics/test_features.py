@@ -71,7 +71,7 @@ class TestInception:
     def test_weights_of_inception_are_not_ignored_beside_another_extractor(
         self, tmp_path: Path
     ) -> None:
-        with pytest.raises(FeatureError, match="of no use to efficientnet-lite1"):
+        with pytest.raises(FeatureError, match="efficientnet-lite1 has no use for"):
             load_extractor("efficientnet-lite1", weights=tmp_path / "inception.pth")
 
     def test_a_cache_that_cannot_be_written_to_is_no_crash(

@@ -56,7 +56,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(pictures: Path) -> VARRecipe:
     return VARRecipe(
         images=(str(pictures),),
@@ -82,12 +82,11 @@ def recipe(pictures: Path) -> VARRecipe:
 
 @pytest.fixture(scope="module")
 def trained(
-    pictures: Path, tmp_path_factory: pytest.TempPathFactory, with_one_thread: OneThread
+    recipe: VARRecipe, tmp_path_factory: pytest.TempPathFactory, with_one_thread: OneThread
 ) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    asked = recipe.__wrapped__(pictures)  # type: ignore[attr-defined]
-    assert with_one_thread(lambda: train_var(asked, out))  # its bits are compared below
+    assert with_one_thread(lambda: train_var(recipe, out))  # its bits are compared below
     return out
 
 
@@ -119,7 +118,7 @@ def test_the_backbone_stays_as_it_was(trained: Path) -> None:
 
 
 def test_training_lowers_the_losses(pictures: Path, recipe: VARRecipe, tmp_path: Path) -> None:
-    longer = replace(recipe, steps=500, streams=(2,), stream_steps=200, learning_rate=3e-3)
+    longer = replace(recipe, steps=500, streams=(2,), stream_steps=600, learning_rate=3e-3)
     assert train_var(longer, tmp_path / "run")
     squares, labels = load_labelled(find_images([str(pictures)]), 16, ["bottom", "top"])
     assert labels.tolist() == [0] * 6 + [1] * 6
@@ -135,17 +134,21 @@ def test_training_lowers_the_losses(pictures: Path, recipe: VARRecipe, tmp_path:
     halves = var.generate([0, 1], top_k=1).unflatten(2, (2, 8)).mean(dim=(1, 3, 4))  # (2, 2)
     assert halves[0, 1] > halves[0, 0] + 0.5  # the class is learnt
     assert halves[1, 0] > halves[1, 1] + 0.5
-    # Streams learn: below freshly initialised ones on the same backbone.
+    # Streams learn: below any of five fresh ones on the same backbone.
     store = TokenStore(var.vqvae, squares, labels, torch.device("cpu"))
-    torch.manual_seed(0)
-    new = ParallelStreams.fitting(var.config.transformer, 2, prefix_tokens=2)
+
+    def mean_loss(streams: ParallelStreams) -> float:
+        return float(token_losses(var, store, streams, torch.device("cpu")).mean())
+
+    untaught = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        new = ParallelStreams.fitting(var.config.transformer, 2, prefix_tokens=2)
+        untaught.append(mean_loss(new))
     learnt = ParallelStreams.from_pretrained(
         tmp_path / "run" / "streams2.safetensors", backbone=var.fingerprint()
     )
-    before, after = (
-        float(token_losses(var, store, s, torch.device("cpu")).mean()) for s in (new, learnt)
-    )
-    assert after < before - 0.005
+    assert mean_loss(learnt) < min(untaught) - 0.003
 
 
 @pytest.mark.usefixtures("one_thread")
