@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 DTYPES: dict[str | None, torch.dtype | None] = {
     "fp32": torch.float32,
@@ -30,11 +31,29 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    number = int(name.partition(":")[2] or 0)  # device.index holds 8 bits of it
+    if device.type == "cuda" and number >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has no such GPU; use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: only cpu and cuda are supported")
     return device
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Looks for NaN and infinity in what a model made (waits for the device).
+
+    Args:
+        x: of any shape.
+        name: what they are, in the plural.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            f"the {name} were not finite (NaN or infinity); the weights are damaged, or the dtype "
+            "is too narrow for them: try bfloat16 or float32"
+        )
 
 
 @cache

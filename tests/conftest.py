@@ -74,6 +74,13 @@ def tiny() -> ParScaleEAR:
     return model
 
 
+@pytest.fixture
+def broken_weights(tiny: ParScaleEAR, tmp_path: Path) -> Path:
+    """Weights of ``tiny`` with a NaN in the encoder."""
+    next(tiny.encoder.parameters()).data[0] = torch.nan
+    return Path(tiny.save_pretrained(tmp_path / "broken.safetensors"))
+
+
 @pytest.fixture(scope="session")
 def shipped() -> ParScaleEAR:
     """The shipped model, FP32 on the CPU."""

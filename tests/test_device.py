@@ -32,3 +32,11 @@ def test_emulation_on_a_gpu_does_not_count(ampere: bool, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert device.multiplies_bf16(torch.device("cuda")) == ampere
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:130", "cuda:256"])
+def test_a_gpu_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(device.UsageError, match="no such GPU"):
+        device.resolve_device(name)

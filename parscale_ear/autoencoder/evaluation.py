@@ -103,7 +103,7 @@ def evaluate(
     timed = sum(r["timed"] for r in results)
     distance = None
     if count > 1:
-        features = [np.concatenate([r[k] for r in results]) for k in ("restored", "originals")]
+        features = [np.concatenate([r.pop(k) for r in results]) for k in ("restored", "originals")]
         distance = frechet_distance(*features)
     return {
         "pictures": count,
@@ -153,7 +153,7 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     empty = torch.empty(0, extractor.dimensions)
     return {
         "values": {k: np.concatenate([np.empty(0), *v]) for k, v in values.items()},
-        **{k: torch.cat([empty, *v]).double().numpy() for k, v in features.items()},
+        **{k: torch.cat([empty, *v]).numpy() for k, v in features.items()},
         "skipped": skipped,
         "seconds": max(seconds, 1e-9),
         "timed": timed,

@@ -25,10 +25,11 @@ from parscale_ear.data import latents as store
 from parscale_ear.data.images import (
     ImageError,
     ImageRef,
+    class_names,
     from_uint8,
 )
 from parscale_ear.data.reading import add_skipped, read_batches
-from parscale_ear.device import DTYPES
+from parscale_ear.device import DTYPES, check_finite
 from parscale_ear.parallel import Progress, run_shares
 
 LOOKAHEAD = 4  # batches that are read ahead of the model
@@ -112,7 +113,7 @@ def encode_folder(
         raise ValueError(f"rank must be in [0, {world}), got {rank}")
     names = [f"{ref.origin}\t{ref.relative}\t{ref.label}" for ref in refs]
     model = ParScaleEAR.from_pretrained(weights)
-    classes = _classes(refs)
+    classes = [name for name in class_names(refs) if name]
     job = {
         **asdict(options),
         "latent_fingerprint": model.latent_fingerprint(),
@@ -168,12 +169,6 @@ class _Share:
     readers: int
     classes: list[str]
     job: dict[str, Any]
-
-
-def _classes(refs: Sequence[ImageRef]) -> list[str]:
-    """Classes by name; numbers in the order of numbers."""
-    labels = {ref.label for ref in refs} - {""}
-    return sorted(labels, key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
 
 
 def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> None:
@@ -325,8 +320,14 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
 
 @torch.inference_mode()
 def encode_pictures(model: ParScaleEAR, pictures: Tensor) -> Tensor:
-    """8-bit pictures (B, 3, H, W) → the posterior's mode (B, Z, h, w), on the CPU."""
+    """8-bit pictures (B, 3, H, W) → the posterior's mode (B, Z, h, w), on the CPU.
+
+    Raises:
+        ValueError: it has NaN or infinity in it.
+    """
     weight = next(model.parameters())
     images = from_uint8(pictures.to(weight.device))
     images = images.to(weight.dtype, memory_format=torch.channels_last)
-    return model.encode(images).mode().contiguous().cpu()
+    latents = model.encode(images).mode().contiguous().cpu()
+    check_finite(latents, "latents")
+    return latents

@@ -16,7 +16,7 @@ import torch
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data import latents as store
-from parscale_ear.data.images import save_png
+from parscale_ear.data.images import Namer, save_png
 from parscale_ear.device import DTYPES
 from parscale_ear.parallel import Progress, run_shares
 
@@ -129,15 +129,10 @@ def _decode_share(share: Any, progress: Progress) -> int:
 def _picture_paths(data: store.LatentDataset, out: Path) -> list[Path]:
     """Where every picture goes; namesakes get a number, and nothing leaves ``out``."""
     paths: list[Path] = []
-    taken: set[str] = set()
+    namer = Namer()
     for shard in data.index["shards"]:
         for name in store.shard_header(data.folder / shard["file"])["names"]:
             parts = [p for p in PurePosixPath(name).parts if p not in ("..", "/", os.sep)]
             stem = PurePosixPath(*parts).with_suffix("") if parts else PurePosixPath("picture")
-            candidate, number = str(stem), 1
-            while candidate.lower() in taken:
-                number += 1
-                candidate = f"{stem}_{number}"
-            taken.add(candidate.lower())
-            paths.append(out / f"{candidate}.png")
+            paths.append(out / f"{namer(str(stem))}.png")
     return paths

@@ -13,6 +13,7 @@ from torch import Tensor
 from parscale_ear.autoencoder.hybrid import BRANCHES
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import from_uint8, to_uint8
+from parscale_ear.device import check_finite
 
 
 @torch.inference_mode()
@@ -31,11 +32,13 @@ def reconstruct_image(model: ParScaleEAR, image: Tensor, *, tile: int | None = N
         (3, H, W), FP32 in [−1, 1], on the CPU.
 
     Raises:
-        ValueError: the picture has NaN or infinity in it, or a wrong shape.
+        ValueError: the picture or its reconstruction has NaN or infinity in it, or the picture a
+            wrong shape.
     """
     weight = next(model.parameters())
     images = image[None].to(weight.device, weight.dtype)  # (1, 3, H, W)
     restored = model(images, pad=True, tile=tile, clamp=True, check_finite=True)
+    check_finite(restored, "reconstructions")
     return restored[0].float().cpu()  # type: ignore[no-any-return]
 
 
@@ -61,6 +64,9 @@ def reconstruct_pictures(
 
     Returns:
         (N, 3, H, W), 8-bit, on the CPU.
+
+    Raises:
+        ValueError: a reconstruction has NaN or infinity in it.
     """
     weight = next(model.parameters())
     restored = []
@@ -68,7 +74,9 @@ def reconstruct_pictures(
         images = from_uint8(part.to(weight.device))  # (B, 3, H, W)
         images = images.to(weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
-            restored.append(to_uint8(model(images, branches=branches)).cpu())
+            found = model(images, branches=branches)
+        check_finite(found, "reconstructions")
+        restored.append(to_uint8(found).cpu())
         if progress is not None:
             progress(len(part))
     return torch.cat(restored)  # (N, 3, H, W)

@@ -231,8 +231,21 @@ def _walk(folder: Path) -> Iterator[Path]:
             raise ImageError(f"{folder}: {error.strerror}") from error
         log.warning("%s: %s; what is in it is left out", error.filename, error.strerror)
 
-    for place, _, names in os.walk(folder, onerror=tell):
-        yield from (Path(place) / name for name in names)
+    for place, folders, names in os.walk(folder, onerror=tell, followlinks=True):
+        here = Path(place)
+        folders[:] = [name for name in folders if not _leads_back(here / name, folder)]
+        yield from (here / name for name in names)
+
+
+def _leads_back(path: Path, folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in, up to ``folder``; that is logged."""
+    if not path.is_symlink():
+        return False
+    above = [place for place in path.parents if place == folder or folder in place.parents]
+    if not any(path.samefile(place) for place in above):
+        return False
+    log.warning("%s: links to a folder that it lies in; left out", path)
+    return True
 
 
 def _folder_members(folder: Path) -> list[ImageRef]:
@@ -277,18 +290,33 @@ def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     return sorted(refs, key=lambda ref: ref.name)
 
 
+def class_names(refs: Sequence[ImageRef]) -> list[str]:
+    """Classes of pictures by name, numbers in the order of numbers; "" for those of none."""
+    labels = {ref.label for ref in refs}
+    return sorted(labels, key=lambda s: (0, int(s), s) if s.isdecimal() else (1, 0, s))
+
+
 def output_names(refs: Sequence[ImageRef]) -> list[str]:
     """A file name without extension for every picture; namesakes get a number."""
-    names: list[str] = []
-    taken: set[str] = set()
-    for ref in refs:
-        name, number = ref.stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{ref.stem}_{number}"
-        taken.add(name.lower())
-        names.append(name)
-    return names
+    namer = Namer()
+    return [namer(ref.stem) for ref in refs]
+
+
+class Namer:
+    """Gives out names, none twice whatever the case of letters; namesakes get a number, from 2."""
+
+    def __init__(self) -> None:
+        """Has given none yet."""
+        self._last: dict[str, int] = {}  # name in lower case → its namesakes' last number
+
+    def __call__(self, name: str) -> str:
+        """The name itself, or with the next number that is free."""
+        given, key = name, name.lower()
+        while given.lower() in self._last:
+            self._last[key] += 1
+            given = f"{name}_{self._last[key]}"
+        self._last[given.lower()] = 1
+        return given
 
 
 def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:

@@ -189,7 +189,8 @@ class LatentDataset(Dataset[LatentItem]):
         number = bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
         file, labels, names = self._shard(number)
-        latent = file.get_slice(name)[row : row + 1][0]
+        # The slice is a view of the whole shard, which nobody is to change, send or save.
+        latent = file.get_slice(name)[row : row + 1][0].clone()
         return {"latent": latent, "label": int(labels[row]), "name": names[row]}
 
     def _shard(self, number: int) -> tuple[Any, Tensor, list[str]]:

@@ -27,6 +27,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import Decoder
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.device import check_finite
 from parscale_ear.generator.attention import Cache, GrowingCache
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator, Rows
 from parscale_ear.generator.ear_config import EARConfig, find_class
@@ -221,11 +222,7 @@ class EnergyAR(NextScaleGenerator):
         latents = self._draw(
             rows, rows.new_cache(self.transformer), temperature, generator, callback
         )
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError(
-                "the latents were not finite (NaN or infinity); the weights are damaged, or the "
-                "dtype is too narrow for them: try bfloat16 or float32"
-            )
+        check_finite(latents, "latents")
         return latents
 
     def _draw(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from parscale_ear import checkpoint
 from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.device import check_finite
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator
 from parscale_ear.generator.packing import PackedLinear
 from parscale_ear.generator.sampling import check_sampling, sample_tokens
@@ -254,7 +255,7 @@ class VAR(NextScaleGenerator):
         cache = rows.new_cache(transformer)
         side, device = quantizer.sides[-1], rows.labels.device
         latent = torch.zeros(rows.pictures, quantizer.channels, side, side, device=device)
-        finite = torch.ones((), dtype=torch.bool, device=device)
+        extremes: list[Tensor] = []
         tokens: list[Tensor] = []
         scales = len(quantizer.sides)
         for scale in range(scales):
@@ -266,7 +267,7 @@ class VAR(NextScaleGenerator):
             normed = rows.settle(transformer, hidden, condition, share)
             logits = self.head(normed).float()  # (pictures, T, V)
             # Both ends are finite only if all is: NaN is the lowest and the highest.
-            finite = finite & torch.isfinite(torch.stack(torch.aminmax(logits))).all()
+            extremes += torch.aminmax(logits)
             if on_logits is not None:
                 on_logits(scale, logits)
             if forced is not None:
@@ -276,10 +277,12 @@ class VAR(NextScaleGenerator):
             tokens.append(drawn)
             latent = latent + quantizer.contribution(scale, drawn)
             if callback is not None:
-                _check_finite(finite)  # nobody is shown what damaged weights draw
+                check_finite(
+                    torch.stack(extremes), "logits"
+                )  # nobody is shown what damaged weights draw
                 render = partial(self.vqvae.decode_latent, latent)
                 callback(ScaleEvent(scale, scales, drawn, render))
-        _check_finite(finite)
+        check_finite(torch.stack(extremes), "logits")
         return tokens, latent
 
     def generate(
@@ -473,16 +476,3 @@ class VAR(NextScaleGenerator):
         model = load_official(cls, vqvae_path, var_path, heads=heads, depth=depth)
         model = model.to(device=device or "cpu")
         return (model if dtype is None else model.set_dtype(dtype)).eval()
-
-
-def _check_finite(finite: Tensor) -> None:
-    """Waits for the device.
-
-    Raises:
-        ValueError: some logits were not.
-    """
-    if not bool(finite):
-        raise ValueError(
-            "the logits were not finite (NaN or infinity); the weights are damaged, or the dtype "
-            "is too narrow for them: try bfloat16 or float32"
-        )

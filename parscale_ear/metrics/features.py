@@ -44,7 +44,22 @@ class FeatureExtractor(Protocol):
     dimensions: int  # D
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W), 8-bit → (N, D), FP32 on the CPU."""
+        """(N, 3, H, W), 8-bit → (N, D), FP32 on the CPU.
+
+        Raises:
+            ValueError: the pictures are of another dtype.
+        """
+
+
+def _in_unit_range(pictures: Tensor, device: torch.device) -> Tensor:
+    """8 bits → [0, 1], FP32, on the device.
+
+    Raises:
+        ValueError: they are of another dtype.
+    """
+    if pictures.dtype != torch.uint8:
+        raise ValueError(f"expected 8-bit pictures (data.images.to_uint8), got {pictures.dtype}")
+    return pictures.to(device).float() / 255
 
 
 class EfficientNetLite:
@@ -86,7 +101,7 @@ class EfficientNetLite:
     def __call__(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W), 8-bit → (N, 1280), FP32 on the CPU."""
         features: Callable[[Tensor], Tensor] = self.model.extract_features  # type: ignore[assignment]
-        x = pictures.to(self.device).float() / 255  # (N, 3, H, W)
+        x = _in_unit_range(pictures, self.device)  # (N, 3, H, W)
         x = F.interpolate(
             x, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False
         )
@@ -141,7 +156,7 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W), 8-bit → (N, 2048), FP32 on the CPU."""
-        x = pictures.to(self.device).float() / 255  # (N, 3, H, W), in [0, 1] as pytorch-fid expects
+        x = _in_unit_range(pictures, self.device)  # (N, 3, H, W), as pytorch-fid expects
         return self.model(x)[0].flatten(1).cpu()  # type: ignore[no-any-return]
 
 

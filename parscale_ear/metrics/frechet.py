@@ -34,7 +34,8 @@ class Gaussian:
         if not np.isfinite(x).all():
             raise ValueError("features must be finite, got NaN or infinity")
         mean = x.mean(axis=0)
-        root = (x - mean) / np.sqrt(len(x) - 1)
+        root = x - mean
+        root /= np.sqrt(len(x) - 1)
         if len(root) > root.shape[1]:  # many samples: a square root instead
             root = np.asarray(np.linalg.qr(root, mode="r"))
         return cls(mean, root)

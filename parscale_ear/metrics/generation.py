@@ -104,9 +104,19 @@ def share(hits: Tensor) -> Interval:
 
 
 def class_diversity(features: Tensor, labels: Tensor) -> float:
-    """Mean distance between two pictures of a class, mean over classes: (N, D), (N,)."""
-    found = [mean_pairwise_distance(features[None, labels == k]) for k in labels.unique()]
-    return float(np.mean(found))
+    """Mean distance between two pictures of a class, mean over classes of two or more.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+
+    Raises:
+        ValueError: no class has two pictures.
+    """
+    several = [k for k, count in zip(*labels.unique(return_counts=True), strict=True) if count > 1]
+    if not several:
+        raise ValueError("no class has two pictures")
+    return float(np.mean([mean_pairwise_distance(features[None, labels == k]) for k in several]))
 
 
 def nearest(features: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,14 +142,19 @@ def nearest_other(features: Tensor, labels: Tensor, each: int) -> Tensor:
     Args:
         features: (N, D).
         labels: (N,).
-        each: the first so many of a class are looked at; at least 2.
+        each: the first so many of a class are looked at.
 
     Returns:
         (C · each,), class by class.
+
+    Raises:
+        ValueError: of some class fewer than two pictures are looked at.
     """
     found = []
     for label in labels.unique():
         members = features[labels == label][:each].double()
+        if len(members) < 2:
+            raise ValueError(f"class {int(label)}: at least two pictures are needed")
         distances = torch.cdist(members, members)
         found.append(distances.fill_diagonal_(torch.inf).min(dim=1).values)
     return torch.cat(found)

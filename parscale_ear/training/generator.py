@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from parscale_ear import checkpoint
+from parscale_ear.data.images import class_names
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
@@ -64,7 +65,7 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
     refs, named = split_pictures(
         recipe.images, recipe.validation, held_out=MOST_VALIDATED, most_validated=MOST_VALIDATED
     )
-    classes = sorted({ref.label for ref in refs})
+    classes = class_names(refs)
     if "" in classes:
         loose = next(ref for ref in refs if not ref.label)
         raise TrainingError(

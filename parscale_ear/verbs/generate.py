@@ -67,7 +67,12 @@ def add_parser(verbs: Verbs) -> None:
         action="store_true",
         help="torch.compile the blocks instead of packing weights; takes minutes first",
     )
-    verb.add_argument("--seed", type=seed_number, default=0)
+    verb.add_argument(
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="of the noise; draws the same with the same --count, --batch and --streams (default 0)",
+    )
     verb.add_argument("--out", type=Path, required=True, help="PNG file")
     add_device(verb, dtype=False)
     verb.add_argument(

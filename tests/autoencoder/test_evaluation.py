@@ -68,3 +68,9 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 def test_bad_options(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         EvaluationOptions(**changes)
+
+
+def test_what_is_not_finite_is_not_judged(folder_of_pictures: Path, broken_weights: Path) -> None:
+    options = EvaluationOptions(**{**vars(OPTIONS), "weights": str(broken_weights)})
+    with pytest.raises(ValueError, match="reconstructions were not finite"):
+        evaluate(find_images([folder_of_pictures]), options)

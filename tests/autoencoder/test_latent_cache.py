@@ -297,3 +297,21 @@ def test_decoding_gives_the_pictures_back(
 def test_options_name_the_bad_field(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         CacheOptions(**changes)  # type: ignore[arg-type]
+
+
+def test_a_latent_is_the_readers_own(classes: Path, tmp_path: Path) -> None:
+    encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
+    data = LatentDataset(tmp_path / "out")
+    latent = data[1]["latent"]
+    as_it_was = latent.clone()
+    latent.add_(1)
+    assert torch.equal(data[1]["latent"], as_it_was)
+    assert latent.untyped_storage().nbytes() == latent.numel() * latent.element_size()
+
+
+def test_latents_that_are_not_finite_are_not_written(
+    classes: Path, tmp_path: Path, broken_weights: Path
+) -> None:
+    with pytest.raises(ValueError, match="latents were not finite"):
+        encode_folder(find_images([classes]), tmp_path / "out", OPTIONS, weights=broken_weights)
+    assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -304,3 +304,28 @@ def test_folders_that_cannot_be_listed_are_told(
     assert "shut: Permission denied; what is in it is left out" in caplog.text
     with pytest.raises(ImageError, match="shut: Permission denied"):
         find_images([tmp_path / "shut"])
+
+
+def test_linked_class_folders_are_searched_and_loops_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in ("data/cat", "elsewhere/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        gradient().save(tmp_path / folder / "0.png")
+    (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    (tmp_path / "elsewhere" / "dog" / "back").symlink_to(tmp_path / "data")
+    with caplog.at_level("WARNING"):
+        refs = find_images([tmp_path / "data"])
+    assert [ref.label for ref in refs] == ["cat", "dog"]
+    assert "back: links to a folder that it lies in" in caplog.text
+
+
+def test_namesakes_get_the_next_free_number() -> None:
+    namer = images.Namer()
+    given = [namer(name) for name in ("a", "a_2", "A", "a", "b", "a_2", "a")]
+    assert given == ["a", "a_2", "A_3", "a_4", "b", "a_2_2", "a_5"]
+
+
+def test_classes_by_number_are_in_the_order_of_numbers() -> None:
+    refs = [ImageRef(Path("x.png"), cls=name) for name in ("10", "2", "cat", "2", "0")]
+    assert images.class_names(refs) == ["0", "2", "10", "cat"]

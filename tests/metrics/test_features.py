@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from parscale_ear.data.images import resize_and_crop, to_tensor, to_uint8
+from parscale_ear.data.images import from_uint8, resize_and_crop, to_tensor, to_uint8
 from parscale_ear.data.reference import wheel_photographs
 from parscale_ear.metrics.features import (
     EfficientNetLite,
@@ -28,6 +28,13 @@ def test_shape_and_determinism(extractor: EfficientNetLite, photographs: torch.T
     assert first.shape == (3, extractor.dimensions)
     assert first.dtype == torch.float32
     assert torch.equal(first, second)
+
+
+def test_other_pixels_than_8_bits_are_refused(
+    extractor: EfficientNetLite, photographs: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="8-bit pictures"):
+        extractor(from_uint8(photographs[:1]))
 
 
 def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite) -> None:

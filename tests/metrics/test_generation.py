@@ -10,9 +10,11 @@ from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.metrics.frechet import Gaussian, frechet_distance
 from parscale_ear.metrics.generation import (
     FeatureStatistics,
+    class_diversity,
     class_hits,
     effective_dimensions,
     nearest,
+    nearest_other,
     quantiles,
     share,
 )
@@ -87,3 +89,13 @@ def test_nearest_finds_a_copy() -> None:
     assert which.tolist() == [7, 430]
     assert float(apart.max()) < 0.01
     assert quantiles(torch.arange(101.0))["q0.5"] == 50
+
+
+def test_a_class_of_one_picture_has_no_distances_within() -> None:
+    features, labels = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
+    assert class_diversity(features, labels) == 2
+    assert nearest_other(features[:2], labels[:2], 2).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="class 1: at least two"):
+        nearest_other(features, labels, 2)
+    with pytest.raises(ValueError, match="no class has two"):
+        class_diversity(features[1:], labels[1:])
