@@ -33,10 +33,27 @@ from parscale_ear.device import UsageError, resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.generation import shipped_statistics
+from parscale_ear.verbs.common import check_output
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
 REPORT_FORMAT = 1
+EVIDENCE = ROOT / "docs" / "results"  # trainings and judgements on record, beside kept reports
+FULL = {  # report → settings of a full run: how much is measured
+    "latency": {"num_runs": 100},
+    "fid": {"num_samples": 280},
+    "ablation": {"num_samples": 280},
+    "streams": {"num_runs": 4},
+    "generation": {"num_samples": 256},
+}
+REPORTS = {  # file → milestone, in the order of the table
+    "sanity": "M2-1",
+    "latency": "M2-2",
+    "fid": "M2-3",
+    "ablation": "M3-1",
+    "streams": "M2-4",
+    "generation": "M3-2",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +113,7 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--output", type=Path, default=Path("results") / output)
+    result.add_argument("--output", type=_output, default=str(Path("results") / output))
     result.add_argument(
         "--quick",
         action="store_true",
@@ -118,7 +135,7 @@ def add_reference_options(result: argparse.ArgumentParser) -> None:
         "--num-samples",
         type=positive_int,
         default=os.environ.get("CI_FID_SAMPLES") or None,
-        help="pictures (or CI_FID_SAMPLES; default 280, quick 42)",
+        help=f"pictures (or CI_FID_SAMPLES; default {FULL['fid']['num_samples']}, quick 42)",
     )
     result.add_argument(
         "--features",
@@ -126,6 +143,16 @@ def add_reference_options(result: argparse.ArgumentParser) -> None:
         default="auto",
     )
     result.add_argument("--inception-weights", type=Path, help="pytorch-fid's weight file")
+
+
+def _output(text: str) -> Path:
+    """A file that can be written, for argparse: known before anything is measured."""
+    path = Path(text)
+    try:
+        check_output(path)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def positive_int(text: str) -> int:
@@ -151,9 +178,13 @@ def device_name(device: torch.device) -> str:
 
 
 def source_digest() -> str:
-    """SHA-256 over the source of package, scripts and eager twin: name and content of each file."""
+    """SHA-256 over the source of package, scripts and eager twin, and over the evidence on record.
+
+    Name and content of each file count.
+    """
     files = [*(ROOT / "parscale_ear").rglob("*.py"), *(ROOT / "ci").glob("*.py")]
     files.append(ROOT / "tests" / "generator" / "eager_var.py")
+    files += [file for file in EVIDENCE.glob("*.json") if file.stem not in REPORTS]
     sha = hashlib.sha256()
     for file in sorted(files):
         sha.update(f"{file.relative_to(ROOT).as_posix()}\n".encode())
@@ -209,7 +240,7 @@ def finish(
     figures: dict[str, Any],
     targets: Sequence[Target],
 ) -> int:
-    """Writes the report, prints the targets and, last, the report as one line of JSON.
+    """Prints the targets and, as one line of JSON, the report; then writes it.
 
     Returns:
         The exit code.
@@ -225,13 +256,13 @@ def finish(
         "targets": [dataclasses.asdict(target) for target in targets],
     }
     report = _without_nan(report)
-    checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     print(f"\n{milestone} {title}: {report['verdict']}  ({fields['device']}, {fields['dtype']})")
     table(
         ("target", "value", "limit", "status", ""),
         [(t.name, number(t.value), t.limit, t.status, t.why) for t in targets],
     )
     print(json.dumps(report))
+    checkpoint.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     return MISSED if report["verdict"] == "MISSED" else PASSED
 
 
@@ -294,8 +325,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
 
 
 __all__ = [
+    "EVIDENCE",
+    "FULL",
     "MISSED",
     "PASSED",
+    "REPORTS",
     "ROOT",
     "WRONG",
     "Target",

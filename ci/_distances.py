@@ -19,6 +19,7 @@ from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
 from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
 
 BATCH_SIZE = 16
+REPEATS = 200  # of the bootstrap
 METRICS = ("distance", *SIMILARITIES)
 LABELS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "haarpsi": "HaarPSI"}
 DIGITS = {"distance": 2, "psnr_db": 2, "ssim": 4, "ms_ssim": 4, "haarpsi": 4}
@@ -40,7 +41,6 @@ def compare(
     extractor: FeatureExtractor,
     *,
     against: Mapping[str, str],
-    repeats: int,
     seed: int,
 ) -> dict[str, Any]:
     """Distance and similarities of each variant, and paired differences.
@@ -50,8 +50,7 @@ def compare(
         variants: name → reconstructions, (N, 3, H, W), 8-bit.
         extractor: for the distance.
         against: name → the variant that it is compared with.
-        repeats: bootstrap draws.
-        seed: of the draws.
+        seed: of the bootstrap's draws.
 
     Returns:
         ``{"variants": {name: {metric: interval}}, "differences": {name: {metric: interval}}}``,
@@ -79,9 +78,9 @@ def compare(
         relative = [row[0] / base[0] - 1 if base[0] > 0 else float("nan") for row, base in pairs]
         return [*chain(*figures, *differences, relative)]
 
-    with ci.progress(repeats, "bootstrap") as advance:
+    with ci.progress(REPEATS, "bootstrap") as advance:
         intervals = clustered_bootstrap(
-            statistics, reference.clusters, repeats=repeats, seed=seed, progress=advance
+            statistics, reference.clusters, repeats=REPEATS, seed=seed, progress=advance
         )
     flat = [interval.as_dict() for interval in intervals]
     width = len(METRICS)

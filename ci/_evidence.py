@@ -11,8 +11,11 @@ import numpy as np
 from scipy.stats import t as student
 
 from ci import _common as ci
+from parscale_ear import checkpoint
+from parscale_ear.autoencoder.files import shipped_weights
+from parscale_ear.generator.ear import DEFAULT_DECODER, shipped_generator
 
-FOLDER = ci.ROOT / "docs" / "results"
+FOLDER = ci.EVIDENCE
 TRAINING = FOLDER / "hybrid_training.json"  # of parscale_ear.training.comparison
 STREAMS = FOLDER / "streams_training.json"  # of parscale-ear train var, RUN/streams.json
 EAR_STREAMS = FOLDER / "streams_judged.json"  # of parscale_ear.training.stream_judging
@@ -93,6 +96,29 @@ def training_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
     return targets
 
 
+def foreign(evidence: Mapping[str, Any] | None, weights: str, decoder: str) -> str:
+    """Why a judgement is not of these weights and this decoder (SHA-256); empty: it is."""
+    if evidence is None:
+        return "no judgement on record"
+    if evidence["weights_sha256"] != weights:
+        return "the judgement on record is of other weights"
+    if evidence.get("decoder_sha256") != decoder:
+        return "the judgement on record is of another decoder"
+    return ""
+
+
+def shipped_judgement(path: Path | None = None) -> tuple[dict[str, Any] | None, str]:
+    """What ``ear_release`` wrote of the shipped generator and decoder, or why there is none.
+
+    Args:
+        path: the file; None: the one on record.
+    """
+    evidence = read(JUDGED if path is None else path)
+    files = shipped_generator(), shipped_weights("hybrid", DEFAULT_DECODER)
+    why = foreign(evidence, *(checkpoint.load(file)[1]["sha256"] for file in files))
+    return (None if why else evidence), why
+
+
 def judged_targets(
     evidence: Mapping[str, Any] | None, weights: str, decoder: str
 ) -> list[ci.Target]:
@@ -106,13 +132,7 @@ def judged_targets(
     accuracy = "judged pictures put into their own class"
     apart = "nearest 1 % to a training picture: drawn over held-out real pictures, distance"
     limits = {accuracy: f"≥ {LEAST_ACCURACY}", apart: f"≥ {LEAST_APART}"}
-    why = ""
-    if evidence is None:
-        why = "no judgement on record"
-    elif evidence["weights_sha256"] != weights:
-        why = "the judgement on record is of other weights"
-    elif evidence.get("decoder_sha256") != decoder:
-        why = "the judgement on record is of another decoder"
+    why = foreign(evidence, weights, decoder)
     if why or evidence is None:
         return [ci.skipped(name, why, limit) for name, limit in limits.items()]
     row, ceiling = evidence["class_accuracy"], evidence["ceiling"]["class_accuracy"]["value"]

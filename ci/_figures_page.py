@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ci import _common as ci
 from ci import _evidence, _generation_tables, _stream_tables
 from ci._distances import distance_head, distance_rows
 from ci._markdown import markdown, origin
@@ -74,7 +75,7 @@ def _latency(sanity: Mapping[str, Any], latency: Mapping[str, Any]) -> list[str]
             [
                 (
                     str(row["batch_size"]),
-                    *(f"{row[f'{key}_ms_per_image']:.1f}" for key in ("mean", "p50", "p99")),
+                    *(ci.number(row[f"{key}_ms_per_image"]) for key in ("mean", "p50", "p99")),
                     f"{row['images_per_s']:.0f}",
                     f"{row['fraction_of_compute_roof']:.0%}",
                 )
@@ -87,7 +88,7 @@ def _latency(sanity: Mapping[str, Any], latency: Mapping[str, Any]) -> list[str]
     if compared is not None:
         lines += [
             "",
-            f"In the same run, plain FP32, batch {compared['batch_size']}: "
+            f"In the same run, on the CPU ({compared.get('device', latency['device'])}), plain FP32, batch {compared['batch_size']}: "
             f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
             f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs).",
         ]
@@ -198,9 +199,11 @@ def _worth(figures: Mapping[str, Any]) -> list[Section]:
 def _generation(report: Mapping[str, Any]) -> list[Section]:
     """Drawn pictures, as judged and as measured in the run."""
     tables, figures = _generation_tables, report["figures"]
-    judged = _evidence.read(_evidence.JUDGED)
+    judged, why = _evidence.shipped_judgement()
     lines = ["The shipped EnergyAR.", ""]
-    if judged is not None:
+    if judged is None:
+        lines += [f"SKIPPED: {why}.", ""]
+    else:
         lines += [
             markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
             "",

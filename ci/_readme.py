@@ -129,12 +129,14 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             (
                 "against diffusers' `AutoencoderTiny`",
                 f"{compared['ratio_p50']:.1f}× faster",
-                f"the same run, batch {compared['batch_size']}",
+                f"the same run on the CPU ({compared.get('device', latency['device'])}), batch {compared['batch_size']}",
             )
         )
     figures = generation["figures"]
-    judged = _evidence.read(_evidence.JUDGED)
-    if judged is not None:
+    judged, why = _evidence.shipped_judgement()
+    if judged is None:
+        rows.append(("drawn pictures", f"SKIPPED: {why}", ""))
+    else:
         own, real = judged["class_accuracy"]["value"], judged["ceiling"]["class_accuracy"]["value"]
         rows.append(
             (

@@ -33,6 +33,7 @@ from parscale_ear.metrics.generation import (
 from parscale_ear.training.control_heads import DiffusionHead
 from parscale_ear.training.judging import BATCH, Judge, draw
 
+FULL_SAMPLES = ci.FULL["generation"]["num_samples"]
 MOST_PASSES = 8  # of the trunk, a picture
 MOST_HEAD_TIME = 0.2  # of a diffusion head's of the same width
 LEAST_DIVERSITY = 0.8  # of real pictures'
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-samples",
         type=ci.positive_int,
         default=os.environ.get("CI_GENERATION_SAMPLES") or None,
-        help="pictures (or CI_GENERATION_SAMPLES; default 256, quick 64)",
+        help=f"pictures (or CI_GENERATION_SAMPLES; default {FULL_SAMPLES}, quick 64)",
     )
     parser.add_argument("--guidance", type=float, help="default: what the weights recommend")
     parser.add_argument("--temperature", type=float, help="likewise")
     arguments = parser.parse_args(argv)
     device = ci.resolve_device(arguments.device)
-    count = int(arguments.num_samples or (64 if arguments.quick else 256))
+    count = int(arguments.num_samples or (64 if arguments.quick else FULL_SAMPLES))
     model = ci.load_generator(arguments.checkpoint, device)
     statistics = FeatureStatistics.load(shipped_statistics())
     names = model.config.class_names

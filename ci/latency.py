@@ -23,6 +23,7 @@ from parscale_ear.profiling.roofline import least_bytes, measure_roof
 
 __all__ = ["benchmark_model_precise", "main"]
 
+FULL_RUNS = ci.FULL["latency"]["num_runs"]
 CUDA_P99_MS = 1.0  # per image at batch 16
 CPU_RATIO = 10.0  # times faster than AutoencoderTiny, batch 4, plain FP32
 BATCH_SIZES = (1, 4, 8, 16)
@@ -62,6 +63,7 @@ def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
     tiny_ms = min(theirs)
     return {
         "diffusers": diffusers.__version__,
+        "device": ci.device_name(torch.device("cpu")),
         "batch_size": COMPARED_BATCH,
         "num_runs": runs,
         "dtype": "float32",
@@ -80,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-runs",
         type=ci.positive_int,
         default=os.environ.get("CI_NUM_RUNS") or None,
-        help="timed runs a batch size (or CI_NUM_RUNS; default 100, quick 10)",
+        help=f"timed runs a batch size (or CI_NUM_RUNS; default {FULL_RUNS}, quick 10)",
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: by device")
     arguments = parser.parse_args(argv)
-    runs = arguments.num_runs or (10 if arguments.quick else 100)
+    runs = arguments.num_runs or (10 if arguments.quick else FULL_RUNS)
     device = ci.resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
     model = ParScaleEAR.from_pretrained(device=device, dtype=DTYPES[arguments.dtype])

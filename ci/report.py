@@ -48,9 +48,9 @@ from ci._tables import (
 )
 from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
 from parscale_ear import checkpoint
-from parscale_ear.training.ear_release import NEIGHBOURS_FILE
+from parscale_ear.training.ear_release import EVIDENCE_FILE, NEIGHBOURS_FILE
 
-KEPT = ci.ROOT / "docs" / "results"
+KEPT = ci.EVIDENCE
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
        color: #1c1e21; background: #fff }
@@ -174,8 +174,9 @@ def _training() -> list[str]:
         f"Every variant trained from fresh weights by one recipe: {evidence['steps']:,} steps of "
         f"{evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']}, "
         f"{len(evidence['seeds'])} seeds; PSNR in dB on {evidence['pictures']} pictures, also from "
-        "latents with noise and from quantised latents. Intervals: 95 %, paired, over pictures "
-        "and seeds. Short trainings: they rank, they do not show the end."
+        "latents with noise and from quantised latents. Intervals: paired, over pictures and seeds, "
+        "meant for 95 %; in simulations their formula held in 92 % (docs/experiments.md). Short "
+        "trainings: they rank, they do not show the end."
     )
     return [
         title,
@@ -230,7 +231,8 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
     compared = figures["against_autoencoder_tiny"]
     if compared is not None:
         text += (
-            f" diffusers' AutoencoderTiny ({compared['autoencoder_tiny_layout']}, its faster layout) "
+            f" On the CPU, {compared.get('device', report['device'])}, diffusers' AutoencoderTiny "
+            f"({compared['autoencoder_tiny_layout']}, its faster layout) "
             f"took {compared['autoencoder_tiny_p50_ms_per_image']:.0f} ms an image beside {compared['parscale_ear_p50_ms_per_image']:.1f} ms of ours in "
             f"plain FP32 at batch {compared['batch_size']}, timed in turn: "
             f"{compared['ratio_p50']:.1f} times faster."
@@ -287,9 +289,9 @@ def _generation(
         _table(tables.CLASS_HEAD, tables.class_rows(figures)),
         "<h3>Judged once, on more pictures</h3>",
     ]
-    judged = _evidence.read(_evidence.JUDGED)
+    judged, why = _evidence.shipped_judgement()
     if judged is None:
-        return [*parts, "<p>SKIPPED: the generator has not been judged.</p>"]
+        return [*parts, f"<p>SKIPPED: {why}.</p>", *_heads()]
     return [
         *parts,
         _table(tables.HEAD, tables.rows(judged, judged["ceiling"])),
@@ -382,12 +384,16 @@ def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], fold
     """Copies a full run's reports to docs/results.
 
     Raises:
-        UsageError: the reports are unusable, or of a quick run.
+        UsageError: the reports are unusable, or of less than a full run.
     """
     if problems:
         raise ci.UsageError(f"not kept: {problems[0]}")
     if any(report["quick"] for report in reports.values()):
         raise ci.UsageError("not kept: a --quick run is not for publishing; run bash ci/run.sh")
+    for name, full in ci.FULL.items():
+        for setting, count in full.items():
+            if (found := reports[name]["settings"][setting]) < count:
+                raise ci.UsageError(f"not kept: {name} has {setting} {found}, a full run {count}")
     KEPT.mkdir(parents=True, exist_ok=True)
     for name in REPORTS:
         shutil.copyfile(folder / f"{name}.json", KEPT / f"{name}.json")
@@ -420,7 +426,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not reports:
             return ci.PASSED
     path = arguments.results / NEIGHBOURS_FILE
-    neighbours = path.read_bytes() if path.is_file() else None
+    judged, _ = _evidence.shipped_judgement(arguments.results / EVIDENCE_FILE)  # beside them
+    neighbours = path.read_bytes() if path.is_file() and judged is not None else None
     page = build_html(reports, problems, ci.resolve_device(arguments.device), neighbours)
     checkpoint.write_text(arguments.output, page)
     print(f"wrote {arguments.output} ({len(page) / 2**20:.1f} MiB)")

@@ -50,15 +50,27 @@ case ${REF_DIR:-} in
   /*) ;;
   *) export REF_DIR=$PWD/$REF_DIR ;; # as the caller sees it
 esac
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${CI_PYTHON:-}
+case $python in
+  "" | /*) ;;
+  */*) python=$called_from/$python ;;
+esac
 if [ -z "$python" ]; then
   bash setup_env.sh || exit 2
   python=.venv/bin/python
 fi
+if ! "$python" -c 'import matplotlib, numpy, safetensors, scipy, torch, tqdm'; then
+  echo "run.sh: $python lacks what is needed; name another CI_PYTHON, or none" >&2
+  exit 2
+fi
 mkdir -p results || exit 2
 # What an earlier run left must not pass for this one's.
-rm -f results/{sanity,latency,fid,ablation,streams,generation,summary}.json results/report.html
+rm -f results/{sanity,latency,fid,ablation,streams,generation,summary}.json results/report.html || {
+  echo "run.sh: the files of an earlier run in results cannot be removed" >&2
+  exit 2
+}
 
 steps=("sanity.py ${quick[*]-}" "latency.py ${quick[*]-}" "fid_eval.py ${quick[*]-}"
   "ablation.py ${quick[*]-}" "streams.py ${quick[*]-}"
@@ -79,8 +91,10 @@ for index in "${!steps[@]}"; do
   if [ "$code" -gt "$worst" ]; then worst=$code; fi
 done
 
-printf '\n[%s] done in %d min %02d s; report: results/report.html\n' "$bar" $((SECONDS / 60)) \
-  $((SECONDS % 60))
+report="no report"
+if [ -f results/report.html ]; then report="report: results/report.html"; fi
+if [ ! -f results/summary.json ]; then worst=2; fi
+printf '\n[%s] done in %d min %02d s; %s\n' "$bar" $((SECONDS / 60)) $((SECONDS % 60)) "$report"
 case $worst in
   0) echo "all targets that could be measured here passed" ;;
   1) echo "a target was missed: see the table above" ;;

@@ -46,6 +46,7 @@ from ci._streams import (
     streams_for,
     timed_dtype,
 )
+from parscale_ear.generator.sampling import check_guidance
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.metrics.diversity import feature_diversity, inception_score, pixel_cosine
@@ -61,6 +62,7 @@ from parscale_ear.profiling.roofline import measure_roof
 from parscale_ear.training.loop import autocast_for
 from tests.generator.eager_var import eager_tokens
 
+FULL_RUNS = ci.FULL["streams"]["num_runs"]
 TWIN_RATIO = 1.5  # times faster than the eager twin
 TWIN_PAIRS = 8  # more rounds of the twin and one stream alone, as the ratio swings with the machine
 STREAMS_RATIO = 2.8  # t(4) over the lesser of t(1) and the twin's time / 1.5
@@ -87,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-runs",
         type=ci.positive_int,
         default=os.environ.get("CI_STREAM_RUNS") or None,
-        help="timed rounds (or CI_STREAM_RUNS; default 4, quick 1)",
+        help=f"timed rounds (or CI_STREAM_RUNS; default {FULL_RUNS}, quick 1)",
     )
     arguments = parser.parse_args(argv)
     device = ci.resolve_device(arguments.device)
-    runs = int(arguments.num_runs or (1 if arguments.quick else 4))
+    runs = int(arguments.num_runs or (1 if arguments.quick else FULL_RUNS))
     pairs = 0 if arguments.quick else TWIN_PAIRS
     source = Source(
         depth=arguments.depth or (4 if arguments.quick else 16),
@@ -107,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     twin = load_fp32(source, device, arguments.seed)
     # What is wrong is refused before anything is timed.
     twin.label_tensor([arguments.label])
+    check_guidance(arguments.guidance)
     if source.streams is not None:
         trained = ParallelStreams.from_pretrained(source.streams, backbone=twin.fingerprint())
         if trained.count not in counts:

@@ -20,14 +20,7 @@ from ci._streams import measurement_of
 from parscale_ear import checkpoint
 from parscale_ear.profiling.redflags import find_red_flags
 
-REPORTS = {  # file → milestone, in the order of the table
-    "sanity": "M2-1",
-    "latency": "M2-2",
-    "fid": "M2-3",
-    "ablation": "M3-1",
-    "streams": "M2-4",
-    "generation": "M3-2",
-}
+REPORTS = ci.REPORTS
 ROUNDED = 5e-4  # relative: what four digits may leave out
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
@@ -80,7 +73,9 @@ def find_problems(
     problems = []
     for name, report in reports.items():
         if source is not None and report["source_sha256"] != source:
-            problems.append(f"{name}: made from another source; run ci/{_script(name)} again")
+            problems.append(
+                f"{name}: made from another source, or beside other evidence in docs/results; run ci/{_script(name)} again"
+            )
         if weights is not None and report["weights_sha256"] != weights:
             problems.append(f"{name}: made with other weights; run ci/{_script(name)} again")
         if report["verdict"] != ci.verdict(_targets(report)):
@@ -106,6 +101,8 @@ def find_problems(
         problems.append(
             "fid and ablation measured on different pictures or features: run both again"
         )
+    if "fid" in reports and reports["fid"]["settings"].get("mode") != "hybrid":
+        problems.append("fid: of LiteVAE alone; run ci/fid_eval.py without --mode")
     if "streams" in reports:
         problems += _stream_problems(reports["streams"])
     if "generation" in reports:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 Array = NDArray[np.float64]
 
@@ -113,6 +115,11 @@ def clustered_bootstrap(
     draws are moved to have the whole sample's figure as their mean (the bootstrap's estimate of
     its own bias is taken out; Efron and Tibshirani, 1993, chapter 10).
 
+    Percentiles of few clusters lie too close: they know neither that a deviation is divided by
+    one degree of freedom less nor Student's t (Hesterberg, "What Teachers Should Know About the
+    Bootstrap", 2015). So both ends are moved away from the figure by these two factors: 1.16 times
+    as far for 13 clusters.
+
     Statistics that are computed from the same draw are paired: pass a difference as one of them.
 
     Args:
@@ -141,10 +148,12 @@ def clustered_bootstrap(
         draws.append(statistics(np.concatenate([members[k] for k in chosen])))
         if progress is not None:
             progress()
-    tail = 50 * (1 - level)
+    count = len(members)
+    tail = (1 - level) / 2
+    factor = student.ppf(tail, count - 1) / normal.ppf(tail) * (count / (count - 1)) ** 0.5
     spread = np.asarray(draws, dtype=np.float64)
-    spread += values - spread.mean(axis=0)
-    low, high = np.percentile(spread, [tail, 100 - tail], axis=0)
+    spread -= spread.mean(axis=0)
+    low, high = values + factor * np.percentile(spread, [100 * tail, 100 - 100 * tail], axis=0)
     return [
         Interval(float(v), float(a), float(b), level)
         for v, a, b in zip(values, low, high, strict=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ci._evidence
 import ci._figures_page
 import ci._readme
 import ci.report
@@ -116,6 +118,26 @@ def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_pat
     quick = {name: {**report, "quick": True} for name, report in kept.items()}
     with pytest.raises(_common.UsageError, match="--quick"):
         ci.report.keep(quick, [], tmp_path)
+    few = {name: {**report} for name, report in kept.items()}
+    few["latency"]["settings"] = {**few["latency"]["settings"], "num_runs": 99}
+    with pytest.raises(_common.UsageError, match="latency has num_runs 99, a full run 100"):
+        ci.report.keep(few, [], tmp_path)
+
+
+def test_a_judgement_of_other_weights_is_nowhere_shown(
+    kept: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((KEPT / "generation_judged.json").read_text())
+    shown = f"{record['class_accuracy']['value']:.1%} in their own class"
+    assert shown in ci._readme.summary(kept)
+    path = tmp_path / "generation_judged.json"
+    path.write_text(json.dumps({**record, "weights_sha256": "0"}))
+    monkeypatch.setattr(ci._evidence, "JUDGED", path)
+    why = "SKIPPED: the judgement on record is of other weights"
+    readme, figures = ci._readme.summary(kept), ci._figures_page.all_figures(kept)
+    page = "".join(ci.report._generation(kept["generation"], torch.device("cpu"), None))
+    assert shown not in readme
+    assert all(why in text for text in (readme, figures, page))
 
 
 def test_the_page_is_whole_and_self_contained(page: str, kept: dict[str, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -165,6 +166,21 @@ class TestGeneration:
 
 
 class TestReports:
+    def test_evidence_on_record_is_part_of_the_source(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        evidence = tmp_path / "results"
+        evidence.mkdir()
+        (tmp_path / "tests" / "generator").mkdir(parents=True)
+        (tmp_path / "tests" / "generator" / "eager_var.py").touch()
+        monkeypatch.setattr(_common, "ROOT", tmp_path)
+        monkeypatch.setattr(_common, "EVIDENCE", evidence)
+        digest = _common.source_digest()
+        (evidence / "sanity.json").touch()  # a report, no evidence
+        assert _common.source_digest() == digest
+        (evidence / "heads_pictures_9.json").touch()
+        assert _common.source_digest() != digest
+
     def test_say_where_they_come_from(self, reports: dict[str, dict[str, Any]]) -> None:
         for name, milestone in REPORTS.items():
             report = reports[name]
@@ -218,6 +234,7 @@ class TestValidation:
             (lambda r: r["fid"]["figures"]["reference"].update(sha256="0"), "different pictures"),
             (lambda r: r["fid"]["figures"].update(features="inception"), "or features"),
             (lambda r: r["sanity"]["targets"][0].update(status="MISSED"), "does not follow"),
+            (lambda r: r["fid"]["settings"].update(mode="baseline"), "LiteVAE alone"),
             (
                 lambda r: r["generation"]["settings"].update(generator_sha256="0"),
                 "another generator than the shipped one",
@@ -292,6 +309,12 @@ class TestTargets:
 
         assert ci.ablation.branch_verdicts(result(-0.1))["coarse"] == "used"
         assert ci.ablation.branch_verdicts(result(0.1))["fine"] == "not used"
+        for high, status in ((-0.1, "PASS"), (0.1, "MISSED")):
+            targets = ci.ablation.branch_targets(result(high), quick=False)
+            assert [(t.status, t.value) for t in targets] == [(status, high)] * 2
+            assert all(follows(target) for target in targets)
+            quick = ci.ablation.branch_targets(result(high), quick=True)
+            assert [t.status for t in quick] == ["SKIPPED"] * 2
 
     def test_an_extractor_that_took_part_in_training_does_not_judge(self) -> None:
         def result(name: str) -> dict[str, Any]:
@@ -407,6 +430,40 @@ class TestWrongUse:
         assert "Traceback" not in done.stderr
         if "validate" not in arguments[0]:
             assert not output.exists()
+
+    @pytest.mark.parametrize("script", [*SCRIPTS, "validate_results", "report"])
+    def test_what_cannot_be_written_is_told_first(self, script: str, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        done = subprocess.run(
+            [sys.executable, f"ci/{script}.py", "--output", str(tmp_path / "file" / "x.json")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert "nothing can be written in" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_run_sh_needs_an_interpreter_that_has_it_all(self, tmp_path: Path) -> None:
+        """Tried on a copy: it removes what an earlier run left, and must not here."""
+        (tmp_path / "ci").mkdir()
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results" / "summary.json").write_text("{}")
+        shutil.copy(ROOT / "ci" / "run.sh", tmp_path / "ci")
+        bare = tmp_path / "bare"
+        bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+        bare.chmod(0o755)
+        done = subprocess.run(
+            ["bash", "ci/run.sh"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "CI_PYTHON": "./bare"},
+        )
+        assert done.returncode == 2
+        assert "bare lacks what is needed" in done.stderr
+        assert (tmp_path / "results" / "summary.json").exists()
 
     def test_run_sh(self) -> None:
         done = subprocess.run(

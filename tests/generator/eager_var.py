@@ -33,14 +33,16 @@ def eager_tokens(
     """Tokens of all scales and the latent that they add up to."""
     net, quantizer = var.transformer, var.vqvae.quantizer
     config, sides = net.config, quantizer.sides
-    null = [net.null_label] * len(labels)
+    null = (
+        [net.null_label] * len(labels) if guidance else []
+    )  # rows that nothing is asked of cost time
     device = net.positions.device
-    classes = net.class_embedding(torch.tensor([*labels, *null], device=device))  # (2B, C)
-    batch, heads = len(labels), config.heads
+    classes = net.class_embedding(torch.tensor([*labels, *null], device=device))  # (B or 2B, C)
+    batch, rows, heads = len(labels), len(labels) + len(null), config.heads
     keys: list[Tensor | None] = [None] * config.depth
     values: list[Tensor | None] = [None] * config.depth
     latent = torch.zeros(batch, quantizer.channels, sides[-1], sides[-1], device=device)
-    maps = classes[:, None] + net.start  # (2B, T, C)
+    maps = classes[:, None] + net.start  # (B or 2B, T, C)
     start, tokens = 0, []
     for scale, side in enumerate(sides):
         count = side * side
@@ -59,7 +61,7 @@ def eager_tokens(
             bias = torch.cat((bias, torch.zeros_like(bias), attention.value_bias))
             qkv = F.linear(normed, attention.qkv.weight, bias)
             query, key, value = (
-                part.view(2 * batch, count, heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1)
+                part.view(rows, count, heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1)
             )
             softmax_scale = 0.25 / query.shape[-1] ** 0.5
             if attention.log_scale is not None:
@@ -71,7 +73,7 @@ def eager_tokens(
                 value = torch.cat((values[layer], value), dim=2)
             keys[layer], values[layer] = key, value
             mixed = F.scaled_dot_product_attention(query, key, value, scale=softmax_scale)
-            mixed = mixed.transpose(1, 2).reshape(2 * batch, count, -1)
+            mixed = mixed.transpose(1, 2).reshape(rows, count, -1)
             x = x + attention.out(mixed) * gain1
             normed = F.layer_norm(x, (config.width,), eps=1e-6) * (1 + scale2) + shift2
             x = x + block.mlp_out(F.gelu(block.mlp_in(normed), approximate="tanh")) * gain2
@@ -81,7 +83,8 @@ def eager_tokens(
         normed = F.layer_norm(x, (config.width,), eps=1e-6) * (1 + scale_out) + shift_out
         logits = var.head(normed).float()
         weight = guidance * scale / max(1, len(sides) - 1)
-        logits = (1 + weight) * logits[:batch] - weight * logits[batch:]
+        if null:
+            logits = (1 + weight) * logits[:batch] - weight * logits[batch:]
         if on_logits is not None:
             on_logits(scale, logits)
         drawn = sample_tokens(logits, top_k=top_k, top_p=top_p, generator=generator)
@@ -90,5 +93,5 @@ def eager_tokens(
         if on_scale is not None:
             on_scale(scale)
         if scale + 1 < len(sides):
-            maps = net.input(quantizer.resized(scale + 1, latent)).repeat(2, 1, 1)
+            maps = net.input(quantizer.resized(scale + 1, latent)).repeat(rows // batch, 1, 1)
     return tokens, latent

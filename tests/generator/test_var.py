@@ -90,13 +90,16 @@ def test_cached_and_uncached_logits_agree_at_every_scale(
         torch.testing.assert_close(part, whole[:, first:last], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [1.5, 0.0])
 @pytest.mark.parametrize("packed", [False, True])
-def test_equals_its_eager_twin(load: Callable[..., VAR], kind: str, packed: bool) -> None:
+def test_equals_its_eager_twin(
+    load: Callable[..., VAR], kind: str, packed: bool, guidance: float
+) -> None:
     if packed and not can_pack(torch.float32):
         pytest.skip("this PyTorch or CPU cannot pack FP32 weights")
     twin = load(kind)
     ours, expected = [], []
-    options = {"guidance": 1.5, "top_k": 1}
+    options = {"guidance": guidance, "top_k": 1}
     tokens, _ = eager_tokens(twin, [3, 7], on_logits=lambda _, x: expected.append(x), **options)  # type: ignore[arg-type]
     var = load(kind).pack() if packed else load(kind)
     found, _ = var.generate_tokens([3, 7], on_logits=lambda _, x: ours.append(x), **options)  # type: ignore[arg-type]
