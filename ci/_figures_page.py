@@ -88,7 +88,7 @@ def _latency(sanity: Mapping[str, Any], latency: Mapping[str, Any]) -> list[str]
     if compared is not None:
         lines += [
             "",
-            f"In the same run, on the CPU ({compared.get('device', latency['device'])}), plain FP32, batch {compared['batch_size']}: "
+            f"In the same run, on the CPU ({compared['device']}), plain FP32, batch {compared['batch_size']}: "
             f"{compared['ratio_p50']:.1f}× faster than diffusers {compared['diffusers']}'s "
             f"`AutoencoderTiny` (median of {compared['num_runs']} alternating runs).",
         ]

@@ -129,7 +129,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             (
                 "against diffusers' `AutoencoderTiny`",
                 f"{compared['ratio_p50']:.1f}× faster",
-                f"the same run on the CPU ({compared.get('device', latency['device'])}), batch {compared['batch_size']}",
+                f"the same run on the CPU ({compared['device']}), batch {compared['batch_size']}",
             )
         )
     figures = generation["figures"]

@@ -231,7 +231,7 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
     compared = figures["against_autoencoder_tiny"]
     if compared is not None:
         text += (
-            f" On the CPU, {compared.get('device', report['device'])}, diffusers' AutoencoderTiny "
+            f" On the CPU, {compared['device']}, diffusers' AutoencoderTiny "
             f"({compared['autoencoder_tiny_layout']}, its faster layout) "
             f"took {compared['autoencoder_tiny_p50_ms_per_image']:.0f} ms an image beside {compared['parscale_ear_p50_ms_per_image']:.1f} ms of ours in "
             f"plain FP32 at batch {compared['batch_size']}, timed in turn: "
