@@ -447,21 +447,22 @@ class TestWrongUse:
 
     def test_run_sh_needs_an_interpreter_that_has_it_all(self, tmp_path: Path) -> None:
         """Tried on a copy: it removes what an earlier run left, and must not here."""
-        (tmp_path / "ci").mkdir()
-        (tmp_path / "results").mkdir()
+        for folder in ("ci", "results", "elsewhere"):
+            (tmp_path / folder).mkdir()
         (tmp_path / "results" / "summary.json").write_text("{}")
         shutil.copy(ROOT / "ci" / "run.sh", tmp_path / "ci")
         bare = tmp_path / "bare"
         bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
         bare.chmod(0o755)
         done = subprocess.run(
-            ["bash", "ci/run.sh"],
-            cwd=tmp_path,
+            ["bash", "../ci/run.sh"],
+            cwd=tmp_path / "elsewhere",
             capture_output=True,
             text=True,
-            env={"PATH": "/usr/bin:/bin", "CI_PYTHON": "./bare"},
+            env={"PATH": "/usr/bin:/bin", "CI_PYTHON": "../bare"},
         )
         assert done.returncode == 2
+        assert "No module named" in done.stderr
         assert "bare lacks what is needed" in done.stderr
         assert (tmp_path / "results" / "summary.json").exists()
 

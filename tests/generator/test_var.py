@@ -108,6 +108,17 @@ def test_equals_its_eager_twin(
         assert torch.equal(found[scale], tokens[scale])
 
 
+@pytest.mark.parametrize(("guidance", "rows"), [(1.5, 4), (0.0, 2)])
+def test_the_twin_computes_no_row_for_nothing(
+    load: Callable[..., VAR], kind: str, guidance: float, rows: int
+) -> None:
+    var, seen = load(kind), set()
+    layer = var.transformer.blocks[0].mlp_in
+    layer.register_forward_hook(lambda _, inputs, __: seen.add(len(inputs[0])))
+    eager_tokens(var, [3, 7], guidance=guidance, top_k=1)
+    assert seen == {rows}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_bf16_equals_the_twin_under_autocast(
     load: Callable[..., VAR], kind: str, packed: bool
