@@ -117,7 +117,8 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--quick",
         action="store_true",
-        help="fewer samples, and no verdict on timings and on trainings compared on record",
+        help="fewer samples, and no verdict where those are too few: timings, streams' memory, what the "
+        "hybrid gains, the sharp decoder's distance; nor on what is on record",
     )
     return result
 

@@ -177,11 +177,11 @@ def _streams(report: Mapping[str, Any]) -> list[Section]:
                 origin({**report, "dtype": "float32"}, f"{rounds}, the calls too"),
             ],
         ),
-        *_worth(figures),
+        *_worth(report),
     ]
 
 
-def _worth(figures: Mapping[str, Any]) -> list[Section]:
+def _worth(report: Mapping[str, Any]) -> list[Section]:
     tables = _stream_tables
     sections: list[Section] = []
     evidence = _evidence.read(_evidence.STREAMS)
@@ -190,8 +190,10 @@ def _worth(figures: Mapping[str, Any]) -> list[Section]:
         sections.append((tables.WORTH_TITLE, [rows, "", tables.worth_text(evidence)]))
     evidence = _evidence.read(_evidence.EAR_STREAMS)
     if evidence is not None:
-        rows = markdown(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures))
-        text = tables.ear_worth_text(evidence, figures)
+        rows = markdown(
+            tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, report["figures"])
+        )
+        text = tables.ear_worth_text(evidence, report)
         sections.append((tables.EAR_WORTH_TITLE, [rows, "", text]))
     return sections
 

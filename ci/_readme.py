@@ -121,7 +121,10 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             "latency",
             f"{single['mean_ms_per_image']:.1f} ms an image, P99 {single['p99_ms_per_image']:.1f}; "
             f"{single['fraction_of_compute_roof']:.0%} of what the hardware can do",
-            told(latency, f"batch {single['batch_size']}, {latency['settings']['num_runs']} runs"),
+            told(
+                latency,
+                f"256×256, batch {single['batch_size']}, {latency['settings']['num_runs']} runs",
+            ),
         ),
     ]
     if compared is not None:
@@ -129,7 +132,8 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             (
                 "against diffusers' `AutoencoderTiny`",
                 f"{compared['ratio_p50']:.1f}× faster",
-                f"the same run on the CPU ({compared['device']}), batch {compared['batch_size']}",
+                f"the same run on the CPU ({compared['device']}), {compared['dtype']}, 256×256, batch "
+                f"{compared['batch_size']}, median of {compared['num_runs']} runs in turn",
             )
         )
     figures = generation["figures"]
@@ -144,7 +148,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
                 f"{own:.1%} in their own class of ten (real ones {real:.1%}); "
                 f"{judged['distance_name']} {judged['distance']['value']:.1f} (real ones "
                 f"{judged['ceiling']['distance']:.1f})",
-                f"{judged['pictures']:,} pictures, {judged['dtype']}; a classifier took part in their training, the "
+                f"{figures['side']}×{figures['side']}, {judged['pictures']:,} pictures, {judged['dtype']}; a classifier took part in their training, the "
                 "judge chose guidance and temperature, and the real ones' distance is of pictures that the "
                 "decoder was trained on",
             )
@@ -154,7 +158,9 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             "a drawn picture",
             f"{figures['passes']} passes, {1000 * figures['single_picture_s']:.0f} ms alone, "
             f"{1000 * figures['picture_s']:.1f} ms in batches",
-            told(generation, f"{figures['pictures']} pictures"),
+            told(
+                generation, f"{figures['side']}×{figures['side']}, {figures['pictures']} pictures"
+            ),
         )
     )
     if {"P = 4", "P = 4, aggregate"} <= cases.keys():
@@ -166,7 +172,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
                 f"from all four (one stream: {cases['P = 1']['median_s']:.1f} s)",
                 told(
                     streams,
-                    f"{streams['settings']['num_runs']} rounds in turn; the four calls once",
+                    f"256×256, median of {streams['settings']['num_runs']} rounds in turn; the four calls once",
                 ),
             )
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ci import _common as ci
+from ci._markdown import told
 
 SCALES_TITLE = "Milliseconds by scale"
 # What the prototype's documents printed. Its hardware is not stated there; its streams were calls
@@ -221,17 +222,24 @@ def ear_worth_rows(
     return rows
 
 
-def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
-    """How the streams were trained, the slopes, and the verdict."""
+def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+    """How the streams were trained, the slopes, and the verdict.
+
+    Args:
+        evidence: what the trainings gave.
+        report: of M2-4, for time and memory; None: not measured in this run.
+    """
     settings = evidence["settings"]
-    cost = (
-        ""
-        if figures is None
-        else (
-            " Seconds and memory are of this run: the shipped generator with untrained streams of the "
-            f"same size, guidance {figures['trained_model']['settings']['guidance']:g}."
+    figures = None if report is None else report["figures"]
+    cost = ""
+    if report is not None and figures is not None:
+        where = told(
+            {**report, "dtype": "float32"}, f"{report['settings']['num_runs']} rounds in turn"
         )
-    )
+        cost = (
+            " Seconds and memory are of this run: the shipped generator with untrained streams of the "
+            f"same size, guidance {figures['trained_model']['settings']['guidance']:g}; {where}."
+        )
     return (
         f"{evidence['model']} ({evidence['parameters']['total'] / 1e6:.1f} M parameters), the "
         f"generator {evidence['backbone']}, from the same weights (docs/experiments.md says "
@@ -251,7 +259,7 @@ def ear_worth_text(evidence: Mapping[str, Any], figures: Mapping[str, Any] | Non
 def _ear_verdict(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
     """What the most streams buy, and what they cost."""
 
-    def told(row: Mapping[str, float], name: str, digits: int) -> str:
+    def change(row: Mapping[str, float], name: str, digits: int) -> str:
         if row["high"] < 0:
             word = "lower"
         elif row["low"] > 0:
@@ -262,8 +270,8 @@ def _ear_verdict(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None)
 
     most = evidence["counts"][-1]
     found = (
-        f"Verdict: with P = {most} the {told(evidence['minus_first'][-1], 'energy score', 4)} and "
-        f"the {told(evidence['judged'][-1]['distance_minus_first'], evidence['distance_name'], 1)}"
+        f"Verdict: with P = {most} the {change(evidence['minus_first'][-1], 'energy score', 4)} and "
+        f"the {change(evidence['judged'][-1]['distance_minus_first'], evidence['distance_name'], 1)}"
     )
     if figures is None:
         return f"{found}; what it costs was not measured in this run."

@@ -16,7 +16,7 @@ TOKENIZER_HEAD = (
 )
 TOKENIZER_NOTE = (
     "Published figures are their authors' or those of the paper named, on ImageNet validation "
-    "pictures, which could not be had here; ours (*) are of other photographs, by the same "
+    "pictures, which were not used here; ours (*) are of other photographs, by the same "
     "protocol. They stand side by side for the order of size, not for a ranking to a tenth of a "
     "decibel. Most of the others were trained with perceptual and adversarial losses, which cost "
     "PSNR."

@@ -159,7 +159,7 @@ def _targets(result: dict[str, Any], mode: str, *, quick: bool = False) -> list[
     else:
         relative = difference["relative_distance"]["value"]
         targets = [
-            ci.skipped(fid, "Inception's weights are not to be had here", "≤ 3"),
+            ci.skipped(fid, "no Inception weights in this run: give --inception-weights", "≤ 3"),
             ci.at_most(f"{name}, (hybrid − baseline) / baseline", relative, MOST_RELATIVE_ADDED),
         ]
     earned = f"{name}, hybrid − baseline, upper end of its interval"

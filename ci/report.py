@@ -270,7 +270,7 @@ def _streams(report: Mapping[str, Any]) -> list[str]:
         _table(_stream_tables.TRAINED_HEAD, _stream_tables.trained_rows(figures)),
         _table(_stream_tables.PROTOTYPE_HEAD, _stream_tables.PROTOTYPE_ROWS),
         f"<p>{html.escape(_stream_tables.PROTOTYPE_NOTE)}</p>",
-        *_worth(figures),
+        *_worth(report),
     ]
 
 
@@ -321,7 +321,7 @@ def _heads() -> list[str]:
     return parts
 
 
-def _worth(figures: Mapping[str, Any]) -> list[str]:
+def _worth(report: Mapping[str, Any]) -> list[str]:
     tables, skipped = _stream_tables, "<p>SKIPPED: no training of streams on record.</p>"
     parts = [f"<h3>{tables.WORTH_TITLE}</h3>"]
     evidence = _evidence.read(_evidence.STREAMS)
@@ -343,8 +343,8 @@ def _worth(figures: Mapping[str, Any]) -> list[str]:
     distances = [row["distance_minus_first"] for row in evidence["judged"]]
     return [
         *parts,
-        _table(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, figures)),
-        f"<p>{html.escape(tables.ear_worth_text(evidence, figures))}</p>",
+        _table(tables.ear_worth_head(evidence), tables.ear_worth_rows(evidence, report["figures"])),
+        f"<p>{html.escape(tables.ear_worth_text(evidence, report))}</p>",
         _figure(
             worth_plot(evidence["counts"], evidence["minus_first"], "energy score"),
             "Validation energy score less that of one stream; below 0: better.",

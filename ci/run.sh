@@ -12,8 +12,9 @@ Validates the shipped autoencoder (M2-1 sanity, M2-2 latency, M2-3 FID, M3-1 abl
 the parallel streams of VAR (M2-4) and the shipped generator (M3-2), and writes
 results/*.json and results/report.html. Sets up .venv first if it is not there.
 
-  --quick   the same chain with fewer samples, no verdict on timings and on trainings
-            compared on record
+  --quick   the same chain with fewer samples, and no verdict where those are too few:
+            timings, streams' memory, what the hybrid gains, the sharp decoder's distance;
+            nor on what is on record (the model card, trainings that are compared)
 
 Environment: CI_NUM_RUNS (timed runs a batch size), CI_FID_SAMPLES (pictures),
 CI_STREAM_RUNS (timed rounds of the streams), CI_GENERATION_SAMPLES (drawn pictures),

@@ -221,10 +221,14 @@ def test_the_verdict_on_streams_is_what_the_intervals_say(
          "peak_bytes": None},
     ]  # fmt: skip
     figures = {"trained_model": {"aggregate": costs, "settings": {"guidance": 2.0}}}
-    text = _stream_tables.ear_worth_text(evidence, figures)
+    report = {
+        "figures": figures, "device": "A CPU", "threads": 2, "dtype": "bfloat16", "torch": "2",
+        "date": "2026-11-29T00:00:00", "settings": {"num_runs": 4},
+    }  # fmt: skip
+    text = _stream_tables.ear_worth_text(evidence, report)
     assert words in text
     assert "1.5 times the time and 3.0 times the cache" in text
-    assert "of the same size, guidance 2." in text
+    assert "of the same size, guidance 2; A CPU, 2 threads, float32, 4 rounds in turn" in text
     assert "was not measured in this run" in _stream_tables.ear_worth_text(evidence, None)
     first, second = _stream_tables.ear_worth_rows(evidence, figures)
     assert (first[3], first[5]) == ("", "")
