@@ -19,7 +19,7 @@ from parscale_ear.data.images import ImageError, ImageRef
 from parscale_ear.data.reading import add_skipped, read_batches
 from parscale_ear.device import DTYPES
 from parscale_ear.metrics.features import FeatureChoice, load_extractor
-from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.frechet import FeatureMoments
 from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
 from parscale_ear.parallel import Progress, run_shares
 
@@ -103,8 +103,8 @@ def evaluate(
     timed = sum(r["timed"] for r in results)
     distance = None
     if count > 1:
-        features = [np.concatenate([r.pop(k) for r in results]) for k in ("restored", "originals")]
-        distance = frechet_distance(*features)
+        restored, originals = (_merged([r[k] for r in results]) for k in ("restored", "originals"))
+        distance = restored.gaussian().distance(originals.gaussian())
     return {
         "pictures": count,
         "side": options.side,
@@ -119,6 +119,12 @@ def evaluate(
     }
 
 
+def _merged(parts: Sequence[FeatureMoments]) -> FeatureMoments:
+    for part in parts[1:]:
+        parts[0].merge(part)
+    return parts[0]
+
+
 def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     """The figures of one process's pictures."""
     options = share.options
@@ -129,7 +135,7 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
         options.features, device=share.device, weights=options.inception_weights
     )
     values: dict[str, list[NDArray[np.float64]]] = {key: [] for key in SIMILARITIES}
-    features: dict[str, list[torch.Tensor]] = {"restored": [], "originals": []}
+    moments = {name: FeatureMoments(extractor.dimensions) for name in ("restored", "originals")}
     skipped: dict[str, str] = {}
     seconds, timed, first = 0.0, 0, True
     batches = read_batches(
@@ -147,13 +153,12 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
             first = False
             for key, found in similarities(restored, originals).items():
                 values[key].append(found)
-            features["restored"].append(extractor(restored))
-            features["originals"].append(extractor(originals))
+            moments["restored"].add(extractor(restored).numpy())
+            moments["originals"].add(extractor(originals).numpy())
         progress(len(batch))
-    empty = torch.empty(0, extractor.dimensions)
     return {
         "values": {k: np.concatenate([np.empty(0), *v]) for k, v in values.items()},
-        **{k: torch.cat([empty, *v]).numpy() for k, v in features.items()},
+        **moments,
         "skipped": skipped,
         "seconds": max(seconds, 1e-9),
         "timed": timed,

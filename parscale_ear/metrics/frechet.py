@@ -69,6 +69,90 @@ class Gaussian:
         return max(0.0, float(difference @ difference + traces - 2 * cross))
 
 
+class FeatureMoments:
+    """Mean and covariance of features that come in parts, in memory that does not grow with them.
+
+    Parts of several processes are merged after Chan, Golub and LeVeque ("Algorithms for Computing the
+    Sample Variance", 1983), in terms of a root of the scatter matrix, which loses no digits to squares.
+
+    Example:
+        >>> moments = FeatureMoments(1280)
+        >>> for batch in batches:
+        ...     moments.add(extractor(batch).numpy())
+        >>> moments.gaussian().distance(other.gaussian())
+    """
+
+    def __init__(self, width: int) -> None:
+        """Starts with no samples of ``width`` features."""
+        self.count = 0  # samples that were added
+        self._mean: Array = np.zeros(width)
+        self._root: Array = np.empty((0, width))  # rootᵀ · root: the scatter about the mean
+        self._folded = 0  # samples that mean and root stand for; the others are pending
+        self._pending: list[Array] = []
+
+    def add(self, features: NDArray[np.floating]) -> None:
+        """Takes (N, D) features in; N may be 0.
+
+        Raises:
+            ValueError: another shape, or a value that is not finite.
+        """
+        x = np.array(features, dtype=np.float64)
+        width = len(self._mean)
+        if x.ndim != 2 or x.shape[1] != width:
+            raise ValueError(f"expected (N, {width}) features, got {x.shape}")
+        if not np.isfinite(x).all():
+            raise ValueError("features must be finite, got NaN or infinity")
+        self._pending.append(x)
+        self.count += len(x)
+        if self.count - self._folded >= 2 * width:
+            self._fold()
+
+    def merge(self, other: FeatureMoments) -> None:
+        """Takes in what another one has taken in.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        if self._mean.shape != other._mean.shape:
+            raise ValueError(f"features differ in width: {len(self._mean)} and {len(other._mean)}")
+        for part in other._pending:
+            self.add(part)
+        self._join(other._folded, other._mean, other._root)
+        self.count += other._folded
+
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of all samples, as :meth:`Gaussian.fit` gives it.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a Gaussian needs at least two samples, got {self.count}")
+        self._fold()
+        return Gaussian(self._mean.copy(), self._root / np.sqrt(self.count - 1))
+
+    def _fold(self) -> None:
+        x = np.concatenate([np.empty((0, len(self._mean))), *self._pending])
+        self._pending = []
+        if len(x):
+            mean = x.mean(axis=0)
+            self._join(len(x), mean, x - mean)
+
+    def _join(self, count: int, mean: Array, root: Array) -> None:
+        """Adds ``count`` samples of this mean and root of the scatter."""
+        if not count:
+            return
+        total = self._folded + count
+        between = mean - self._mean
+        row = np.sqrt(self._folded * count / total) * between
+        parts = [self._root, root] if not self._folded else [self._root, root, row[None]]
+        stacked = np.concatenate(parts)
+        if len(stacked) > stacked.shape[1]:
+            stacked = np.asarray(np.linalg.qr(stacked, mode="r"))
+        self._mean = self._mean + between * (count / total)
+        self._root, self._folded = stacked, total
+
+
 def frechet_distance(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of features.
 

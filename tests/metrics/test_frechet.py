@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from pytorch_fid.fid_score import calculate_frechet_distance
 
-from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
+from parscale_ear.metrics.frechet import (
+    FeatureMoments,
+    Gaussian,
+    clustered_bootstrap,
+    frechet_distance,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -61,6 +68,74 @@ def test_refuses_what_it_cannot_judge() -> None:
     bad[0, 0] = np.nan
     with pytest.raises(ValueError, match="finite"):
         frechet_distance(bad, features(5, 4))
+
+
+class TestFeatureMoments:
+    """A far mean: sums of squares would lose the covariance to it."""
+
+    @pytest.mark.parametrize("samples", [5, 16, 17, 500])
+    @pytest.mark.parametrize("part", [1, 7, 500])
+    def test_parts_give_what_the_whole_gives(self, samples: int, part: int) -> None:
+        x, y = 1e6 + features(samples, 16), 1e6 + features(40, 16)
+        moments = FeatureMoments(16)
+        for first in range(0, samples, part):
+            moments.add(x[first : first + part])
+        moments.add(np.empty((0, 16)))
+        found, expected = moments.gaussian(), Gaussian.fit(x)
+        assert moments.count == samples
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+        covariance = expected.root.T @ expected.root
+        np.testing.assert_allclose(found.root.T @ found.root, covariance, atol=1e-8)
+        assert found.distance(Gaussian.fit(y)) == pytest.approx(frechet_distance(x, y), rel=1e-6)
+
+    @pytest.mark.parametrize("shares", [(0, 30), (1, 29), (200, 100), (300, 0)])
+    def test_two_are_merged(self, shares: tuple[int, int]) -> None:
+        x = features(sum(shares), 16)
+        first, second = FeatureMoments(16), FeatureMoments(16)
+        first.add(x[: shares[0]])
+        second.add(x[shares[0] :] + 3)
+        first.merge(second)
+        x[shares[0] :] += 3
+        found, expected = first.gaussian(), Gaussian.fit(x)
+        assert first.count == len(x)
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
+        covariance = expected.root.T @ expected.root
+        np.testing.assert_allclose(found.root.T @ found.root, covariance, atol=1e-12)
+
+    def test_goes_on_after_it_was_asked(self) -> None:
+        x, moments = features(50, 8), FeatureMoments(8)
+        moments.add(x[:10])
+        early = moments.gaussian()
+        moments.add(x[10:])
+        assert moments.gaussian().distance(Gaussian.fit(x)) == pytest.approx(0, abs=1e-9)
+        assert early.distance(Gaussian.fit(x[:10])) == pytest.approx(0, abs=1e-9)
+
+    def test_memory_is_that_of_some_samples(self) -> None:
+        moments = FeatureMoments(8)
+        for _ in range(100):
+            moments.add(features(5, 8))
+            assert len(pickle.dumps(moments)) < 8 * 8 * (2 * 8 + 5 + 8) + 4000
+        assert moments.count == 500
+
+    def test_keeps_no_view_of_what_it_was_given(self) -> None:
+        x, moments = features(6, 4), FeatureMoments(4)
+        moments.add(x)
+        expected = Gaussian.fit(x)
+        x[:] = 0
+        assert moments.gaussian().distance(expected) == pytest.approx(0, abs=1e-9)
+
+    def test_refuses_what_it_cannot_judge(self) -> None:
+        moments, bad = FeatureMoments(4), features(5, 4)
+        with pytest.raises(ValueError, match=r"\(N, 4\) features, got \(5, 3\)"):
+            moments.add(features(5, 3))
+        bad[0, 0] = np.inf
+        with pytest.raises(ValueError, match="finite"):
+            moments.add(bad)
+        with pytest.raises(ValueError, match="differ in width: 4 and 3"):
+            moments.merge(FeatureMoments(3))
+        moments.add(features(1, 4))
+        with pytest.raises(ValueError, match="at least two samples, got 1"):
+            moments.gaussian()
 
 
 class TestBootstrap:
