@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError
@@ -33,6 +32,7 @@ from parscale_ear.device import UsageError, resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.generation import shipped_statistics
+from parscale_ear.profiling.origin import device_name, origin
 from parscale_ear.verbs.common import check_output
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,17 +167,6 @@ def positive_int(text: str) -> int:
     return value
 
 
-def device_name(device: torch.device) -> str:
-    """The name a person knows the device by."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
-
 def source_digest() -> str:
     """SHA-256 over the source of package, scripts and eager twin, and over the evidence on record.
 
@@ -212,16 +201,11 @@ def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[s
     """What every report says about where it comes from."""
     return {
         "format": REPORT_FORMAT,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
+        **origin(device, str(dtype).removeprefix("torch.")),
         "source_sha256": source_digest(),
         "weights_sha256": weights_digest(),
-        "device": device_name(device),
         "device_type": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
         "seed": seed,
     }
 

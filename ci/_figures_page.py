@@ -8,7 +8,7 @@ from typing import Any
 from ci import _common as ci
 from ci import _evidence, _generation_tables, _stream_tables
 from ci._distances import distance_head, distance_rows
-from ci._markdown import markdown, origin
+from ci._markdown import markdown, origin, told
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._tables import (
     TOKENIZER_HEAD,
@@ -209,8 +209,8 @@ def _generation(report: Mapping[str, Any]) -> list[Section]:
         lines += [
             markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
             "",
-            f"{tables.judged_note(judged)} Data: {', '.join(judged['data'])}; {judged['dtype']}, torch "
-            f"{judged['torch']}.",
+            f"{tables.judged_note(judged)} Data: {', '.join(judged['data'])}. On record, "
+            f"by release {judged['version']}: {told(judged)}.",
             "",
             markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
             "",
@@ -270,8 +270,8 @@ def _training() -> list[Section]:
         markdown(training_head(evidence), training_rows(evidence)),
         "",
         f"On record: {evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']} a step out "
-        f"of {', '.join(evidence['images'])}, autocast {evidence['precision']}; {evidence['pictures']} "
-        f"pictures of {', '.join(evidence['validation'])}, float32; torch {evidence['torch']}. In "
+        f"of {', '.join(evidence['images'])}; {told(evidence)}. PSNR on {evidence['pictures']} "
+        f"pictures of {', '.join(evidence['validation'])}, float32. In "
         "brackets: intervals over seeds and pictures, meant for 95 %; in simulations their formula held in "
         "92 % (docs/experiments.md).",
     ]

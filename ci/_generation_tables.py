@@ -7,6 +7,7 @@ from typing import Any
 
 from ci import _common as ci
 from ci import _evidence
+from ci._markdown import told
 
 HEAD = ("", "drawn", "real, through the autoencoder")
 CLASS_HEAD = ("class", "put into it")
@@ -142,17 +143,19 @@ def head_text(evidence: Sequence[Mapping[str, Any]]) -> str:
         if (found := _evidence.head_difference(evidence, kind)) is not None
     ]
     each = "; ".join(
-        f"seed {run['seed']}, by {run['version']}: "
+        f"seed {run['seed']}: "
         + ", ".join(f"{kind} {_curve(row)}" for kind, row in run["heads"].items())
         for run in evidence
     )
+    origins = "; ".join(
+        f"seed {run['seed']} by release {run['version']}: {told(run)}" for run in evidence
+    )
     return (
-        f"The same trunk from the same fresh weights, {length} each on {first['threads']} "
-        f"thread, batches of {first['batch']}; guidance and temperature chosen for "
+        f"The same trunk from the same fresh weights, {length} each, batches of {first['batch']}; guidance and temperature chosen for "
         f"each on the training pictures; {first['pictures']:,} pictures through the sharp decoder of "
         f"the release named, {first['distance_name']} to the validation pictures, its interval over "
         f"pictures. One learning rate for all. {''.join(differences)}Own loss on the validation "
-        f"latents after so many minutes on tokens: {each}."
+        f"latents after so many minutes on tokens: {each}. On record, {origins}; judged in float32."
     )
 
 

@@ -12,12 +12,21 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def told(report: Mapping[str, Any], samples: str) -> str:
-    """Hardware, dtype, sample count, version of torch and date of a report."""
-    return (
-        f"{report['device']}, {report['threads']} threads, {report['dtype']}, {samples}, "
-        f"torch {report['torch']}, {report['date'][:10]}"
+def told(report: Mapping[str, Any], samples: str = "") -> str:
+    """Hardware, dtype, sample count, version of torch and date of a report.
+
+    Evidence of early releases does not say all of it; what is not known is left out.
+    """
+    threads = report.get("threads")
+    parts = (
+        report.get("device"),
+        None if threads is None else f"{threads} thread{'s' if threads > 1 else ''}",
+        report.get("dtype"),
+        samples,
+        f"torch {report['torch']}" if "torch" in report else None,
+        report.get("date", "")[:10],
     )
+    return ", ".join(part for part in parts if part)
 
 
 def origin(report: Mapping[str, Any], samples: str) -> str:

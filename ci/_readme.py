@@ -148,7 +148,10 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
                 f"{own:.1%} in their own class of ten (real ones {real:.1%}); "
                 f"{judged['distance_name']} {judged['distance']['value']:.1f} (real ones "
                 f"{judged['ceiling']['distance']:.1f})",
-                f"{figures['side']}×{figures['side']}, {judged['pictures']:,} pictures, {judged['dtype']}; a classifier took part in their training, the "
+                told(
+                    judged, f"{figures['side']}×{figures['side']}, {judged['pictures']:,} pictures"
+                )
+                + "; a classifier took part in their training, the "
                 "judge chose guidance and temperature, and the real ones' distance is of pictures that the "
                 "decoder was trained on",
             )

@@ -166,7 +166,7 @@ def worth_text(evidence: Mapping[str, Any]) -> str:
         f"frozen; {evidence['prefix_tokens']} prefix tokens a layer and stream, batches of "
         f"{evidence['batch']}, one seed; {evidence['pictures']:,} pictures of "
         f"{' and '.join(evidence['validation'])}. Slope a doubling of the streams, nats a token, "
-        f"{'; '.join(slopes)}. Intervals: 95 %, bootstrap over pictures."
+        f"{'; '.join(slopes)}. Intervals: 95 %, bootstrap over pictures. On record: {told(evidence)}."
     )
 
 
@@ -252,7 +252,7 @@ def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
         f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, bootstrap "
         f"over pictures. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
-        f"torch {evidence['torch']}.{cost} {_ear_verdict(evidence, figures)}"
+        f"{told(evidence)}.{cost} {_ear_verdict(evidence, figures)}"
     )
 
 

@@ -32,10 +32,18 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import find_images, from_uint8, load_squares, to_uint8
 from parscale_ear.metrics.reconstruction import psnr
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.folder import Claim
-from parscale_ear.training.loop import LoopConfig, Precision, Run, TrainingError, resolve_precision
+from parscale_ear.training.loop import (
+    LoopConfig,
+    Precision,
+    Run,
+    TrainingError,
+    computed_in,
+    resolve_precision,
+)
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import Recipe
 
@@ -219,7 +227,7 @@ def compare(
         "pictures": len(pictures),
         "validation": [Path(path).name for path in validation],
         "images": [Path(path).name for path in images],
-        "torch": torch.__version__,
+        **origin(torch.device("cpu"), computed_in(recipe.precision, torch.device("cpu"))),
         "models": facts,
         "variants": summarise(figures),
     }

@@ -32,6 +32,7 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import (
@@ -42,7 +43,7 @@ from parscale_ear.training.ear_tasks import (
     picture_scores,
 )
 from parscale_ear.training.folder import HELD_OUT, Claim, without_paths
-from parscale_ear.training.loop import Run, TrainingError, read_log
+from parscale_ear.training.loop import Run, TrainingError, computed_in, read_log
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
 
@@ -301,6 +302,6 @@ def compare_streams(
         "model": f"EnergyAR, depth {recipe.depth}, width {recipe.width}",
         "parameters": model.parameter_count(),
         "seed": recipe.seed,
-        "torch": torch.__version__,
+        **origin(world.device, computed_in(recipe.precision, world.device)),
         **summarise(counts, np.stack(scores), recipe.seed),
     }

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.generator.ear import DEFAULT_DECODER, SHIPPED_FILE, EnergyAR
@@ -37,6 +37,7 @@ from parscale_ear.metrics.generation import (
     quantiles,
     share,
 )
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training.judging import (
     IMAGENET,
     JUDGED_SEED,
@@ -181,9 +182,7 @@ def release(
         "distance_name": judge.network.distance,
         "data": facts["data"],
         "decoder": DEFAULT_DECODER,
-        "dtype": "float32",
-        "version": __version__,
-        "torch": torch.__version__,
+        **origin(torch.device("cpu"), "float32"),
         **figures,
         "tried_on_training": tried,
         "latent_fingerprint": model.latent_fingerprint,

@@ -27,6 +27,7 @@ from parscale_ear.data.images import class_names
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training.distributed import World
 from parscale_ear.training.folder import Claim, load_labelled, split_pictures, without_paths
 from parscale_ear.training.generator_recipe import VARRecipe
@@ -37,7 +38,7 @@ from parscale_ear.training.generator_tasks import (
     VARTask,
     token_losses,
 )
-from parscale_ear.training.loop import Run, Task, TrainingError, read_log
+from parscale_ear.training.loop import Run, Task, TrainingError, computed_in, read_log
 from parscale_ear.training.stream_worth import summarise
 
 MOST_VALIDATED = 2048
@@ -201,6 +202,6 @@ def compare_streams(
         "seed": recipe.seed,
         "images": [Path(path).name for path in recipe.images],
         "validation": [Path(path).name for path in recipe.validation],
-        "torch": torch.__version__,
+        **origin(world.device, computed_in(recipe.precision, world.device)),
         **summarise(counts, losses, recipe.seed),
     }

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.energy import EnergyHead
 from parscale_ear.metrics.frechet import Gaussian
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training import judging
 from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, SquaredErrorHead
 from parscale_ear.training.distributed import OneProcess
@@ -44,7 +45,7 @@ from parscale_ear.training.judging import (
     load_real,
     save_classes,
 )
-from parscale_ear.training.loop import Run, TrainingError, read_log
+from parscale_ear.training.loop import Run, TrainingError, computed_in, read_log
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
@@ -169,6 +170,7 @@ def compare(
             **measure(kind, model, judge, *real, out),
         }
         checkpoint.write_text(path, json.dumps(figures, indent=1) + "\n")
+    device = torch.device(recipe.device)
     done = {kind: out / f"{kind}.json" for kind in HEADS if (out / f"{kind}.json").exists()}
     return {
         "heads": {
@@ -187,11 +189,9 @@ def compare(
         "picture_pairs": recipe.picture_pairs,
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
-        "threads": torch.get_num_threads(),
         "decoder_sha256": checkpoint.digest(autoencoder.decoder.state_dict()),
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],
-        "version": __version__,
-        "torch": torch.__version__,
+        **origin(device, computed_in(recipe.precision, device)),
     }
 
 

@@ -142,6 +142,12 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     return dtypes.get(resolve_precision(precision, device))
 
 
+def computed_in(precision: Precision, device: torch.device) -> str:
+    """The same for a reader: ``bfloat16 autocast``, or ``float32``."""
+    dtype = autocast_dtype(precision, device)
+    return "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} autocast"
+
+
 def autocast_for(precision: Precision, device: torch.device) -> torch.autocast:
     """The context in which a training computes on a device."""
     dtype = autocast_dtype(precision, device)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.device import resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER
 from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
+from parscale_ear.profiling.origin import origin
 from parscale_ear.training import judging
 from parscale_ear.training.ear import load_streamed
 from parscale_ear.training.ear_recipe import EARRecipe
@@ -124,13 +125,13 @@ def judge_streams(
         **scores,
         "judged": rows,
         "distance_slope_per_doubling": told[-1].as_dict(),
+        "judged_on": origin(device, "float32"),
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
         "judged_pictures": len(drawn.labels),
         "settings": settings,
         "tried_on_training": tried,
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],
-        "version": __version__,
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ci import _evidence
 from ci._common import UsageError
+from ci._markdown import told
 
 
 def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
@@ -33,6 +34,25 @@ def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
 def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> None:
     targets = _evidence.judged_targets(evidence, "ours", "its")
     assert [target.status for target in targets] == expected
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f for f in sorted(_evidence.FOLDER.glob("*.json")) if f != _evidence.TRIALS],
+    ids=lambda f: f.stem,
+)
+def test_what_is_on_record_says_where_and_when_it_was_measured(file: Path) -> None:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    line = told(report)
+    for key in ("device", "dtype", "torch"):
+        assert report[key] in line
+    assert report["date"][:10] in line
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert told({"torch": "2"}, "3 samples") == "3 samples, torch 2"
+    known = {"device": "X", "threads": 1, "dtype": "float32", "torch": "2", "date": "2026-01-02"}
+    assert told(known) == "X, 1 thread, float32, torch 2, 2026-01-02"
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_from_pictures_to_figures(
     assert comparison.main(options) == 0
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert set(result["variants"]) == set(comparison.variants())
+    assert (result["dtype"], result["threads"]) == ("float32", torch.get_num_threads())
     assert len(result["variants"]["hybrid"]["4 bits"]["seeds_psnr_db"]) == 2
     assert comparison.main([*options, "--seeds", "1", "1"]) == 2
     assert comparison.main([*options, "--steps", "3"]) == 2

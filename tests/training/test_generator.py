@@ -99,6 +99,7 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
         assert read_log(trained / stage)[-1]["finished"]
         assert list((trained / stage).glob("*.png"))
     result = json.loads((trained / "streams.json").read_text())
+    assert {"device", "threads", "dtype", "date", "version"} <= result.keys()
     assert result["counts"] == [1, 2]
     assert result["pictures"] == 12
     assert result["minus_first"][0]["value"] == 0
