@@ -164,6 +164,8 @@ def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; what goes wrong with it becomes a :class:`CheckpointError`."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weight file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: may not be read; change its permissions")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed, 2 wrong use or missing data, 130 stopped
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -23,11 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without arrows is no failure
+    try:
+        return _run(_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("parscale-ear: stopped", file=sys.stderr)
+        return STOPPED
+
+
+def _run(arguments: argparse.Namespace) -> int:
     # PyTorch is imported below this line, so that --help and mistakes answer at once.
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.images import ImageError
-    from parscale_ear.device import UsageError
+    from parscale_ear.device import UsageError, out_of_memory
     from parscale_ear.metrics.features import FeatureError
     from parscale_ear.parallel import WorkerError
 
@@ -41,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"parscale-ear: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         print(
             "parscale-ear: out of memory; take smaller batches (--batch), tiles (--tile) or "
@@ -52,9 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModuleNotFoundError, ValueError, OSError) as error:
         print(f"parscale-ear: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
-    except KeyboardInterrupt:
-        print("parscale-ear: stopped", file=sys.stderr)
-        return STOPPED
 
 
 def _tell_of_slow_bf16(arguments: argparse.Namespace) -> None:
@@ -68,15 +75,6 @@ def _tell_of_slow_bf16(arguments: argparse.Namespace) -> None:
             "for it; fp32 takes less time",
             file=sys.stderr,
         )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch's or Python's allocator gave up."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in str(error)  # on the CPU it is a plain RuntimeError
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,6 +39,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch's or Python's allocator gave up."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in str(error)  # on the CPU it is a plain RuntimeError
+    )
+
+
 def check_finite(x: Tensor, name: str) -> None:
     """Looks for NaN and infinity in what a model made (waits for the device).
 

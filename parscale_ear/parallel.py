@@ -10,6 +10,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,9 +20,12 @@ from typing import Any
 
 import torch
 
+from parscale_ear.device import out_of_memory
+
 Progress = Callable[[int], object]  # called with the number of things done since the last call
 Work = Callable[[Any, Progress], Any]  # a share and where to report progress → a result
 _POLL_S = 0.5
+_GRACE_S = 10.0  # for processes that are stopped to remove what is half-written
 
 
 class WorkerError(RuntimeError):
@@ -60,6 +65,8 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
         WorkerError: a process failed or died; the others are stopped. An error of this package is
             raised as itself.
     """
+    if not shares:
+        return []
     if len(shares) == 1:
         return [work(shares[0], progress)]
     context = multiprocessing.get_context("spawn")
@@ -93,10 +100,14 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
                     error.add_note(trace)
                 raise error
     finally:
-        for process in processes:
-            if len(results) < len(shares):
+        if len(results) < len(shares):
+            for process in processes:
                 process.terminate()
-            process.join()
+        for process in processes:
+            process.join(_GRACE_S if len(results) < len(shares) else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
     return [results[k] for k in range(len(shares))]
 
 
@@ -108,6 +119,8 @@ def _check_alive(processes: Sequence[Any], results: dict[int, Any], gone: set[in
         if index not in gone:
             gone.add(index)
         else:
+            if process.exitcode == 0:
+                raise WorkerError(f"process {index} ended without a result that can be sent")
             raise WorkerError(
                 f"process {index} ended with exit code {process.exitcode} (out of memory?); try "
                 "fewer processes"
@@ -125,6 +138,12 @@ def _end_with_parent() -> None:
 def _work(index: int, work: Work, share: Any, messages: Any, threads: int) -> None:
     """What runs in a process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def stop(*_: object) -> None:  # as an exception, so that nothing half-written stays
+        messages.cancel_join_thread()
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
     torch.set_num_threads(threads)
     try:
         result = work(share, lambda count: messages.put((index, "progress", count)))
@@ -135,4 +154,6 @@ def _work(index: int, work: Work, share: Any, messages: Any, threads: int) -> No
         # An error of this package (a damaged file, say) is the caller's as if there were one process.
         own = error if type(error).__module__.partition(".")[0] == __package__ else None
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if out_of_memory(error):
+            line = "a process is out of memory; take smaller batches or fewer processes"
         messages.put((index, "error", (own, line, traceback.format_exc())))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_foreign_files(tmp_path: Path, write: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load(path, kind="K")
     assert str(path) in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.save(tmp_path / "x.safetensors", {}, kind="K", config={})
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
+    with pytest.raises(CheckpointError, match="may not be read; change its permissions"):
+        checkpoint.load(tmp_path / "x.safetensors")
+    assert path
 
 
 def test_a_changed_header_is_noticed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from PIL import Image
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
 from parscale_ear.data.reference import wheel_photographs
+from parscale_ear.device import UsageError
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.recipe import Recipe
 from parscale_ear.verbs import train
+from parscale_ear.verbs.common import check_output
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,35 @@ def test_bf16_without_kernels_for_it_is_done_and_told(
     assert main(["reconstruct", str(tmp_path / "a.png"), *words]) == 0
     told = "--dtype bf16 is slow on this device" in capsys.readouterr().err
     assert told == (not kernels and dtype == "bf16")
+
+
+def test_stopped_at_any_moment_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parscale_ear.cli._parser", interrupted)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "parscale-ear: stopped\n"
+
+
+def test_a_terminal_without_greek_letters_gets_help() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "parscale_ear.cli", "train", "autoencoder", "--help"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"largest ? of noise" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="SKIPPED: no named pipes here")
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe or a device"):
+        check_output(tmp_path / "pipe")
+    check_output(tmp_path / "new" / "file.json")
 
 
 def test_inference_never_imports_training() -> None:

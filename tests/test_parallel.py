@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.checkpoint import CheckpointError, atomic_path
 from parscale_ear.parallel import Progress, WorkerError, run_shares, worker_devices
 
 
@@ -56,6 +56,45 @@ def test_an_error_of_the_package_is_what_it_would_be_with_one_process() -> None:
     for shares in (["damaged"], ["fine", "damaged"]):
         with pytest.raises(CheckpointError, match=r"^a\.safetensors: damaged$"):
             run_shares(fail, shares, lambda count: None)
+
+
+def run_out(share: Any, progress: Progress) -> Any:
+    if share == "memory":
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: no memory")
+    return (lambda: share) if share == "no pickle" else share
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ("memory", "out of memory; take smaller batches or fewer processes"),
+        ("no pickle", "process 1 ended without a result that can be sent"),
+    ],
+)
+def test_a_failure_says_what_to_do(share: str, message: str) -> None:
+    with pytest.raises(WorkerError, match=message):
+        run_shares(run_out, ["fine", share], lambda count: None)
+
+
+def write_or_fail(share: Any, progress: Progress) -> Any:
+    folder, writes = share
+    if writes:
+        with atomic_path(folder / "half.txt"):
+            progress(1)
+            time.sleep(60)
+    while not list(folder.iterdir()):
+        time.sleep(0.05)
+    raise ValueError("the other one")
+
+
+def test_processes_that_are_stopped_leave_nothing_half_written(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="the other one"):
+        run_shares(write_or_fail, [(tmp_path, True), (tmp_path, False)], lambda count: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_do() -> None:
+    assert run_shares(double, [], lambda count: None) == []
 
 
 def threads(share: Any, progress: Progress) -> int:

@@ -103,7 +103,5 @@ def conv_flops(module: nn.Module, height: int, width: int) -> int:
     A multiply-add counts two; bias and activations are left out, as in
     ``torch.utils.flop_counter``.
     """
-    weights = sum(
-        m.weight.numel() // m.groups for m in module.modules() if isinstance(m, nn.Conv2d)
-    )
+    weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Conv2d))
     return 2 * weights * height * width

@@ -78,10 +78,12 @@ def evaluate(
         next pictures are read beside it), ``pictures``, ``skipped`` (name → why).
 
     Raises:
-        ImageError: no picture can be read.
+        ImageError: there are no pictures, or none can be read.
         FeatureError: the extractor cannot be had.
         WorkerError: a process failed.
     """
+    if not refs:
+        raise ImageError("there are no pictures to evaluate")
     # The extractor is found (and fetched) once, before processes start.
     extractor, note = load_extractor(options.features, weights=options.inception_weights)
     options = replace(options, features=extractor.name)  # type: ignore[arg-type]

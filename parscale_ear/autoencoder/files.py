@@ -66,6 +66,11 @@ def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if shared is None:
         return tensors, header
     neighbour = path.with_name(Path(str(shared["file"])).name)
+    if not neighbour.exists():
+        raise checkpoint.CheckpointError(
+            f"{path}: shares {' and '.join(shared['parts'])} with {neighbour.name}, which is not beside "
+            "it; put both into one folder"
+        )
     others, other = checkpoint.load(neighbour, kind=kind)
     if other.get("latent_fingerprint") != header.get("latent_fingerprint"):
         raise checkpoint.CheckpointError(

@@ -106,11 +106,13 @@ def encode_folder(
 
     Raises:
         CheckpointError: ``out`` holds other latents, or the weights cannot be used.
-        ImageError: no picture can be read.
+        ImageError: there are no pictures, or none can be read.
         WorkerError: a process failed.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be in [0, {world}), got {rank}")
+    if not refs:
+        raise ImageError("there are no pictures to encode")
     names = [f"{ref.origin}\t{ref.relative}\t{ref.label}" for ref in refs]
     model = ParScaleEAR.from_pretrained(weights)
     classes = [name for name in class_names(refs) if name]

@@ -17,7 +17,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data import latents as store
 from parscale_ear.data.images import Namer, save_png
-from parscale_ear.device import DTYPES
+from parscale_ear.device import DTYPES, check_finite
 from parscale_ear.parallel import Progress, run_shares
 
 JOB_FILE = "decoded.json"  # what the pictures of a folder were decoded from
@@ -89,7 +89,7 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
             raise checkpoint.CheckpointError(
                 f"{out} holds pictures decoded with other {', '.join(changed)}; name a new folder"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(entry.suffix != ".part" for entry in out.iterdir()):
         raise checkpoint.CheckpointError(
             f"{out} is not empty and holds no decoded pictures; name a new folder"
         )
@@ -119,6 +119,7 @@ def _decode_share(share: Any, progress: Progress) -> int:
                 latent = stacked.to(weight.device, weight.dtype)
                 enhanced = model.enhance(latent, check_finite=True)
                 images = model.decode(enhanced, clamp=True).float().cpu()
+                check_finite(images, "decoded pictures")
             for row, image in zip(part, images, strict=True):
                 save_png(image, paths[row])
             written += len(part)

@@ -98,7 +98,13 @@ class ParScaleEAR(LiteVAE):
             ValueError: rank, channels, size, tile, dtype or device are wrong, or a value is not
                 finite.
         """
-        if pad and isinstance(images, Tensor) and images.ndim == 4 and images.numel():
+        if (
+            pad
+            and isinstance(images, Tensor)
+            and images.ndim == 4
+            and images.numel()
+            and images.is_floating_point()
+        ):
             images = pad_to_multiple(images, STRIDE)
         self._check(images, "images", 3, STRIDE, check_finite)
         if tile is None:
@@ -201,12 +207,13 @@ class ParScaleEAR(LiteVAE):
     ) -> Tensor:
         """``decode(enhance(encode(images).mode()))``: (B, 3, H, W) → (B, 3, H, W).
 
-        The options are those of the three; ``enhance`` always sees the whole latent.
+        The options are those of the three; ``enhance`` always sees the whole latent, and each looks at
+        what it is given with ``check_finite``.
         """
         latent = self.encode(images, pad=pad, tile=tile, check_finite=check_finite).mode()
         size = (images.shape[2], images.shape[3]) if pad else None
-        latent = self.enhance(latent, branches=branches)
-        return self.decode(latent, size=size, tile=tile, clamp=clamp)
+        latent = self.enhance(latent, branches=branches, check_finite=check_finite)
+        return self.decode(latent, size=size, tile=tile, clamp=clamp, check_finite=check_finite)
 
     def _check(
         self, x: Tensor, name: str, channels: int, multiple: int, check_finite: bool
@@ -219,6 +226,12 @@ class ParScaleEAR(LiteVAE):
             raise ValueError(
                 f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
             )
+        half_or_float = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        if x.dtype != weight.dtype and not (half_or_float and autocasts(x)):
+            raise ValueError(
+                f"{name} must have the model's dtype, {weight.dtype} (or float32, float16 or "
+                f"bfloat16 under torch.autocast), got {x.dtype}"
+            )
         if 0 in x.shape or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(
                 f"{name} must have a height and width that are multiples of {multiple} and a "
@@ -227,12 +240,6 @@ class ParScaleEAR(LiteVAE):
         if x.device != weight.device:
             raise ValueError(
                 f"{name} must be on the model's device, {weight.device}, got {x.device}"
-            )
-        half_or_float = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        if x.dtype != weight.dtype and not (half_or_float and autocasts(x)):
-            raise ValueError(
-                f"{name} must have the model's dtype, {weight.dtype} (or float32, float16 or "
-                f"bfloat16 under torch.autocast), got {x.dtype}"
             )
         if check_finite and not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
@@ -312,6 +319,7 @@ class ParScaleEAR(LiteVAE):
 
         Raises:
             OSError: the file cannot be written; what was there stays.
+            ValueError: only one of ``shared_parts`` and ``shared_file`` is given.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -320,6 +328,8 @@ class ParScaleEAR(LiteVAE):
             name: tensor if dtype is None else tensor.to(dtype)
             for name, tensor in self.state_dict().items()
         }
+        if bool(shared_parts) != bool(shared_file):
+            raise ValueError("shared_parts and shared_file go together; give both or neither")
         if shared_parts:
             tensors, facts["shared"] = leave_out(tensors, shared_parts, shared_file)
         checkpoint.save(

@@ -50,7 +50,7 @@ def shard_name(number: int) -> str:
 
 def list_digest(names: Sequence[str]) -> str:
     """SHA-256 of a list of pictures: the same list gives the same shards."""
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def write_shard(
@@ -108,6 +108,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']}, expected {FORMAT}")
+        if missing := [key for key in ("job", "complete") if key not in index]:
+            raise ValueError(f"it lacks {' and '.join(missing)}")
     except FileNotFoundError as error:
         raise checkpoint.CheckpointError(
             f"{path}: missing; make it with parscale-ear encode"

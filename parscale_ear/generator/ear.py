@@ -331,7 +331,7 @@ class EnergyAR(NextScaleGenerator):
 
         Raises:
             ValueError: an argument is out of range, the streams are another backbone's, no
-                autoencoder is attached, or the latents were not finite.
+                autoencoder is attached, or latents or pictures were not finite.
         """
         self.autoencoder  # noqa: B018 - fails before the work
         latents = self.generate_latents(
@@ -343,7 +343,9 @@ class EnergyAR(NextScaleGenerator):
             mode=mode,
             callback=callback,
         )
-        return self.by_stream(self.decode(latents), streams, mode)
+        pictures = self.decode(latents)
+        check_finite(pictures, "decoded pictures")
+        return self.by_stream(pictures, streams, mode)
 
     # --- what it costs ---
 

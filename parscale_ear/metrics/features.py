@@ -36,6 +36,10 @@ class FeatureError(Exception):
     """An extractor that cannot be had; the message is one line with the remedy."""
 
 
+class ForeignWeightsError(FeatureError):
+    """A file that was given for an extractor's weights, and is not."""
+
+
 class FeatureExtractor(Protocol):
     """Turns 8-bit pictures into features."""
 
@@ -169,7 +173,7 @@ def _check_digest(weights: Path) -> None:
         found = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
     expected = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]
     if not found.startswith(expected):
-        raise FeatureError(
+        raise ForeignWeightsError(
             f"{weights}: not pytorch-fid's {INCEPTION_FILE} (SHA-256 {found[:8]}…); delete it and "
             "download it again"
         )
@@ -251,6 +255,8 @@ def load_extractor(
     except FeatureError as error:
         if weights is not None:
             raise
-        log.warning("Inception is not to be had here: %s", error)
+        log.warning("Inception is not used: %s", error)
         note = "Inception's weights are not in the torch cache and could not be downloaded"
+        if isinstance(error, ForeignWeightsError):
+            note = "what lies in the torch cache for Inception's weights is damaged or another file"
         return EfficientNetLite(1, device), note

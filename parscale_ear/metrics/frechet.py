@@ -38,7 +38,7 @@ class Gaussian:
         mean = x.mean(axis=0)
         root = x - mean
         root /= np.sqrt(len(x) - 1)
-        if len(root) > root.shape[1]:  # many samples: a square root instead
+        if len(root) >= root.shape[1]:  # as many samples or more: a triangular root instead
             root = np.asarray(np.linalg.qr(root, mode="r"))
         return cls(mean, root)
 
@@ -147,7 +147,7 @@ class FeatureMoments:
         row = np.sqrt(self._folded * count / total) * between
         parts = [self._root, root] if not self._folded else [self._root, root, row[None]]
         stacked = np.concatenate(parts)
-        if len(stacked) > stacked.shape[1]:
+        if len(stacked) >= stacked.shape[1]:
             stacked = np.asarray(np.linalg.qr(stacked, mode="r"))
         self._mean = self._mean + between * (count / total)
         self._root, self._folded = stacked, total

@@ -56,7 +56,7 @@ def time_runs(
         progress: called after each timed run on the CPU, and once a run is queued on CUDA.
 
     Raises:
-        ValueError: ``runs`` is below 1.
+        ValueError: ``runs`` is below 1, or the device is neither a CPU nor CUDA.
     """
     return time_alternately([function], device=device, runs=runs, warmup=warmup, progress=progress)[
         0
@@ -73,11 +73,15 @@ def time_alternately(
 ) -> list[Timings]:
     """Times several functions in turn (a b a b ...), so that drift of the machine hits all alike.
 
-    Arguments as for :func:`time_runs`; returns one :class:`Timings` a function.
+    Arguments and errors as for :func:`time_runs`; returns one :class:`Timings` a function.
     """
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}")
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"only cpu and cuda can be timed, as others are not waited for; got {device}"
+        )
     with torch.inference_mode():
         for function in functions:
             for _ in range(warmup):
@@ -141,7 +145,7 @@ def benchmark_model_precise(
         device: must be the model's; named so that nothing is measured where it was not meant.
         batch_size: images a run.
         num_runs: timed runs.
-        warmup: runs before them that are not counted.
+        warmup: runs before them that are not counted, at least 1.
         height: of an image, pixels.
         width: of an image, pixels.
         progress: called after each timed run.
@@ -152,7 +156,8 @@ def benchmark_model_precise(
         ``warmup_s``, ``batch_size``, ``num_runs``, ``device``, ``dtype`` and ``threads``.
 
     Raises:
-        ValueError: the model is on another device, or a count is below 1.
+        ValueError: the model is on another device or on one that cannot be timed, or a count is
+            below 1.
     """
     weight = next(model.parameters())
     wanted = torch.device(device)
@@ -161,11 +166,12 @@ def benchmark_model_precise(
             f"the model is on {weight.device} but device is {wanted}; move it first: "
             f'model.to("{wanted}")'
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for name, count in (("batch_size", batch_size), ("warmup", warmup)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     images = _noise(batch_size, height, width, weight)
     start = time.perf_counter()
-    time_runs(lambda: model(images), device=weight.device, runs=1, warmup=max(0, warmup - 1))
+    time_runs(lambda: model(images), device=weight.device, runs=1, warmup=warmup - 1)
     warmup_seconds = time.perf_counter() - start
     with peak_memory_mib(weight.device) as peak:
         timings = time_runs(

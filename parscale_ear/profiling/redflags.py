@@ -31,7 +31,7 @@ class StreamMeasurement:
     peak_bytes: int | None  # memory high-water mark; None: not measured
     cache_bytes: int  # of keys and values, from the model's sizes
     block_calls: tuple[int, ...]  # calls of every block in a generation, counted
-    diversity: float | None  # mean feature distance; None: one picture a label
+    diversity: float | None  # mean feature distance; None: aggregate mode, one picture a label
     pixel_digests: tuple[str, ...]  # SHA-256 of every picture
     synchronised: bool  # whether the device was waited for before the clock was read
     origin: Mapping[str, Any]  # source, weights and device that it was made with

@@ -31,12 +31,14 @@ def check_output(path: Path) -> None:
     """Looks whether a file can be written, before the work that it is the result of.
 
     Raises:
-        UsageError: it is a folder, or lies where nothing can be written.
+        UsageError: it is a folder, a pipe or a device, or lies where nothing can be written.
     """
     from parscale_ear.device import UsageError
 
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a pipe or a device, which would be replaced; name a file")
     folder = next(place for place in path.absolute().parents if place.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: nothing can be written in {folder}; name another place")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from parscale_ear.checkpoint import read_kind
     from parscale_ear.data.images import grid, save_png
-    from parscale_ear.device import DTYPES, UsageError, resolve_device
+    from parscale_ear.device import DTYPES, UsageError, check_finite, resolve_device
     from parscale_ear.generator.ear import shipped_generator
     from parscale_ear.generator.streams import ParallelStreams
 
@@ -138,12 +139,31 @@ def _run(arguments: argparse.Namespace) -> int:
     with tqdm(total=batches * scales, unit="scale") as bar:
         while len(rows) < arguments.count:
             size = min(arguments.batch, arguments.count - len(rows))
-            images = draw([label] * size, callback=lambda _: bar.update()).float()
+            with _told_of_compiling():
+                images = draw([label] * size, callback=lambda _: bar.update()).float()
+            check_finite(images, "pictures")
             rows += [list(row if row.ndim == 4 else row[None]) for row in images.cpu()]
     save_png(grid(rows), arguments.out)
     pictures = sum(map(len, rows))
     print(f"{pictures} picture{'s' if pictures > 1 else ''} → {arguments.out}")
     return 0
+
+
+@contextmanager
+def _told_of_compiling() -> Iterator[None]:
+    """What ``--compile`` fails at shows when the first scale is drawn."""
+    from parscale_ear.device import UsageError
+
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"--compile did not work here ({reason}); it needs a C++ compiler (on CUDA also Triton): "
+            "install one, or leave --compile out"
+        ) from error
 
 
 def _options(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:

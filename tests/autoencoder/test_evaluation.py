@@ -74,3 +74,8 @@ def test_what_is_not_finite_is_not_judged(folder_of_pictures: Path, broken_weigh
     options = EvaluationOptions(**{**vars(OPTIONS), "weights": str(broken_weights)})
     with pytest.raises(ValueError, match="reconstructions were not finite"):
         evaluate(find_images([folder_of_pictures]), options)
+
+
+def test_no_pictures() -> None:
+    with pytest.raises(ImageError, match="no pictures to evaluate"):
+        evaluate([], OPTIONS)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -315,3 +317,47 @@ def test_latents_that_are_not_finite_are_not_written(
     with pytest.raises(ValueError, match="latents were not finite"):
         encode_folder(find_images([classes]), tmp_path / "out", OPTIONS, weights=broken_weights)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_what_a_decoder_makes_of_nothing_is_no_black_picture(
+    classes: Path, tmp_path: Path, shipped: ParScaleEAR
+) -> None:
+    encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
+    broken = copy.deepcopy(shipped)
+    assert broken.decoder.bands2.bias is not None
+    broken.decoder.bands2.bias.data[0] = torch.nan
+    weights = broken.save_pretrained(tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="decoded pictures were not finite"):
+        decode_folder(tmp_path / "out", tmp_path / "png", weights=weights)
+    assert not list((tmp_path / "png").rglob("*.png"))
+    # What a killed call left half-written does not keep the next one from the folder.
+    for file in (tmp_path / "png").iterdir():
+        file.rename(tmp_path / "png" / ".decoded.json.123.part")
+    assert decode_folder(tmp_path / "out", tmp_path / "png") == 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED: such names are Linux's")
+def test_names_that_are_not_utf8(classes: Path, tmp_path: Path) -> None:
+    os.rename(classes / "cat" / "01.png", os.fsencode(classes / "cat") + b"/caf\xe9.png")
+    encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
+    data = LatentDataset(tmp_path / "out")
+    names = {data[k]["name"] for k in range(len(data))}
+    assert os.fsdecode(b"caf\xe9.png") in {name.rpartition("/")[2] for name in names}
+    assert decode_folder(tmp_path / "out", tmp_path / "png") == 12
+
+
+def test_no_pictures_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no pictures to encode"):
+        encode_folder([], tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_that_lacks_something_is_told(classes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode_folder(find_images([classes]), out, OPTIONS)
+    index = json.loads((out / INDEX_FILE).read_text())
+    for key in ("job", "complete", "format"):
+        changed = {name: value for name, value in index.items() if name != key}
+        (out / INDEX_FILE).write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=f"not an index of latents .*{key}"):
+            LatentDataset(out)

@@ -3,11 +3,13 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from parscale_ear.autoencoder.blocks import conv_flops
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.litevae import LiteVAE, LiteVAEConfig
@@ -127,12 +129,16 @@ class TestErrors:
             (torch.zeros(0, 3, 32, 32), "batch of at least 1"),
             (torch.zeros(1, 3, 32, 32).half(), r"torch\.float32.*got torch\.float16"),
             (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"got torch\.uint8"),
+            (torch.zeros(1, 3, 32, 32, dtype=torch.bool), r"got torch\.bool"),
             (torch.zeros(1, 3, 32, 32, device="meta"), "device, cpu, got meta"),
         ],
     )
     def test_says_what_came(self, tiny: ParScaleEAR, x: torch.Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             tiny(x)
+        if not x.is_floating_point():
+            with pytest.raises(ValueError, match=message):
+                tiny(x[..., :30], pad=True)
 
     def test_latents_are_checked_too(self, tiny: ParScaleEAR) -> None:
         for call in (tiny.enhance, tiny.decode):
@@ -153,6 +159,15 @@ class TestErrors:
         x = torch.full((1, 3, 32, 32), float("nan"))
         tiny(x)
         with pytest.raises(ValueError, match="finite"):
+            tiny(x, check_finite=True)
+
+    @pytest.mark.parametrize("part", ["encoder", "hybrid"])
+    def test_finiteness_is_checked_on_the_way(self, tiny: ParScaleEAR, part: str) -> None:
+        x = images(1, 3, 32, 32)
+        tiny(x, check_finite=True)
+        for parameter in getattr(tiny, part).parameters():
+            parameter.data.fill_(torch.nan)
+        with pytest.raises(ValueError, match="latent must be finite"):
             tiny(x, check_finite=True)
 
     def test_checks_read_metadata_alone(self, tiny: ParScaleEAR) -> None:
@@ -210,6 +225,12 @@ class TestCost:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, *size, device="meta"))
         assert model.flops(*size) == counter.get_total_flops()
+
+    def test_flops_of_grouped_convolutions_equal_pytorch(self) -> None:
+        grouped = torch.nn.Conv2d(8, 12, 3, padding=1, groups=4, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            grouped(torch.empty(1, 8, 10, 6, device="meta"))
+        assert conv_flops(grouped, 10, 6) == counter.get_total_flops()
 
     def test_one_image_takes_at_most_4_5_gflop(self) -> None:
         assert ParScaleEAR().flops(256, 256) <= 4.5e9
@@ -295,8 +316,19 @@ class TestFiles:
         with pytest.raises(CheckpointError, match="another latent space"):
             ParScaleEAR.from_pretrained(part)
         whole.unlink()
-        with pytest.raises(CheckpointError, match=r"whole\.safetensors: no such weight file"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"part.*: shares encoder with whole\.safetensors.*into one folder",
+        ):
             ParScaleEAR.from_pretrained(part)
+
+    @pytest.mark.parametrize("half", [{"shared_parts": ("encoder",)}, {"shared_file": "a"}])
+    def test_a_file_that_could_not_be_loaded_is_not_written(
+        self, tiny: ParScaleEAR, tmp_path: Path, half: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValueError, match="go together"):
+            tiny.save_pretrained(tmp_path / "a.safetensors", **half)
+        assert not list(tmp_path.iterdir())
 
     def test_a_shared_hybrid_must_be_the_same_too(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
         whole = tiny.save_pretrained(tmp_path / "whole.safetensors")

@@ -306,6 +306,16 @@ def test_damaged_weights(model: EnergyAR) -> None:
         model.generate_latents([0])
 
 
+def test_a_damaged_decoder_draws_no_pictures(model: EnergyAR, tiny: ParScaleEAR) -> None:
+    model.latent_fingerprint = tiny.latent_fingerprint()
+    model.attach(tiny)
+    assert model.generate([0], generator=seeded()).isfinite().all()
+    for parameter in tiny.decoder.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="decoded pictures were not finite"):
+        model.generate([0], generator=seeded())
+
+
 def test_class_names() -> None:
     assert find_class("golf ball", NAMES) == 2
     assert find_class("ENGLISH_springer", NAMES) == 1

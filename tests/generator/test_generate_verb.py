@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_var import lively_streams
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
@@ -193,4 +196,34 @@ def test_streams_of_another_number_are_refused(
     words = ["--checkpoint", checkpoint, "--streams-weights", trained, "--streams", 4]
     assert generate(*words, "--out", out) == 2
     assert "holds 2 streams" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_compiling_fails_at_is_one_line(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def compile_(self: VAR) -> None:
+        self.generate = fail  # type: ignore[assignment]
+
+    def fail(*_: object, **__: object) -> None:
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(VAR, "compile", compile_)
+    out = tmp_path / "grid.png"
+    assert generate("--checkpoint", checkpoint, "--class", 3, "--out", out, "--compile") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert re.search("leave --compile out$", lines[-1])
+    assert not any("Traceback" in line for line in lines)
+    assert not out.exists()
+
+
+def test_pictures_that_are_not_finite_are_not_written(
+    var: VAR, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for parameter in var.vqvae.decoder.parameters():
+        parameter.data.fill_(torch.nan)
+    path, out = var.save_pretrained(tmp_path / "broken.safetensors"), tmp_path / "grid.png"
+    assert generate("--checkpoint", path, "--class", 3, "--out", out) == 2
+    assert "the pictures were not finite" in capsys.readouterr().err
     assert not out.exists()

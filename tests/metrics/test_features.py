@@ -9,6 +9,7 @@ import torch
 from parscale_ear.data.images import from_uint8, resize_and_crop, to_tensor, to_uint8
 from parscale_ear.data.reference import wheel_photographs
 from parscale_ear.metrics.features import (
+    INCEPTION_FILE,
     EfficientNetLite,
     FeatureError,
     Inception,
@@ -115,6 +116,17 @@ class TestInception:
         assert str(tmp_path) not in note  # it goes into reports
         assert "--inception-weights" in caplog.text
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+    def test_a_damaged_file_in_the_cache_is_told_as_such(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / INCEPTION_FILE).write_bytes(b"half of it")
+        found, note = load_extractor("auto")
+        assert found.distance == "FD-EfficientNetLite1"
+        assert "damaged" in note
+        assert "downloaded" not in note
 
 
 def test_unknown_name() -> None:

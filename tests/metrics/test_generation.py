@@ -38,6 +38,15 @@ def test_statistics_on_disk_give_the_distance_of_the_pictures(
     assert (found.extractor, found.classes, found.facts) == ("judge", (3, 7), {"pictures": 60})
 
 
+@pytest.mark.parametrize("count", [12, 13])
+def test_as_many_pictures_as_features_will_do(count: int, tmp_path: Path) -> None:
+    few = np.random.default_rng(0).standard_normal((count, 12))
+    statistics = FeatureStatistics(Gaussian.fit(few), "judge", ())
+    found = FeatureStatistics.load(statistics.save(tmp_path / "s.safetensors"))
+    far = frechet_distance(few, np.random.default_rng(1).standard_normal((40, 12)))
+    assert found.law.distance(statistics.law) < 1e-3 * far
+
+
 def test_statistics_of_too_few_pictures_are_refused(tmp_path: Path) -> None:
     few = np.random.default_rng(0).standard_normal((5, 12))
     with pytest.raises(ValueError, match="more pictures than features"):

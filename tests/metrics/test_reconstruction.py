@@ -5,6 +5,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from parscale_ear.metrics import reconstruction
 from parscale_ear.metrics.reconstruction import cell_pattern, chroma, haarpsi, ms_ssim, psnr, ssim
 
 
@@ -34,6 +35,17 @@ def test_ssim_is_the_mean_over_channels(pair: tuple[torch.Tensor, torch.Tensor])
         for a, b in zip(*pair, strict=True)
     ]
     np.testing.assert_allclose(ssim(*pair), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("strip", [1, 3 * 2 * 256 * 7, 2**30])
+def test_psnr_by_strips_is_that_of_the_whole(
+    pair: tuple[torch.Tensor, torch.Tensor], strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = pair
+    squares = (first.double() - second.double()).square().mean(dim=(1, 2, 3)).numpy()
+    monkeypatch.setattr(reconstruction, "STRIP", strip)
+    np.testing.assert_allclose(psnr(first, second), 10 * np.log10(255**2 / squares), rtol=1e-13)
+    assert psnr(first[:0], second[:0]).shape == (0,)
 
 
 def test_equal_pictures(photographs: torch.Tensor) -> None:

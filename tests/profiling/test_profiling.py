@@ -51,6 +51,18 @@ def test_runs_must_be_positive() -> None:
         time_runs(lambda: None, device="cpu", runs=0)
 
 
+def test_what_would_not_be_waited_for_is_not_timed() -> None:
+    with pytest.raises(ValueError, match="only cpu and cuda can be timed"):
+        time_runs(lambda: None, device="mps", runs=1)
+
+
+@pytest.mark.parametrize("counts", [{"batch_size": 0}, {"warmup": 0}, {"num_runs": 0}])
+def test_benchmark_refuses_counts_below_1(tiny: ParScaleEAR, counts: dict[str, int]) -> None:
+    name = "runs" if "num_runs" in counts else next(iter(counts))
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        benchmark_model_precise(tiny, "cpu", **{"height": 32, "width": 32, **counts})
+
+
 def test_benchmark_of_a_model(tiny: ParScaleEAR) -> None:
     result = benchmark_model_precise(tiny, "cpu", 2, 5, warmup=1, height=64, width=64)
     assert (result["batch_size"], result["num_runs"], result["dtype"]) == (2, 5, "float32")
