@@ -79,3 +79,11 @@ def test_what_is_not_finite_is_not_judged(folder_of_pictures: Path, broken_weigh
 def test_no_pictures() -> None:
     with pytest.raises(ImageError, match="no pictures to evaluate"):
         evaluate([], OPTIONS)
+
+
+def test_computes_in_the_dtype_that_is_asked_for(folder_of_pictures: Path) -> None:
+    refs = find_images([folder_of_pictures])
+    whole = evaluate(refs, OPTIONS)
+    half = evaluate(refs, EvaluationOptions(**{**vars(OPTIONS), "dtype": "bf16"}))
+    assert (whole["dtype"], half["dtype"]) == ("fp32", "bf16")
+    assert 0 < abs(half["psnr_db"] - whole["psnr_db"]) < 0.05

@@ -59,3 +59,14 @@ def test_a_branch_can_be_left_out(absent: str, left: str) -> None:
     assert torch.equal(hybrid(latent), hybrid(latent, {left}))
     assert torch.equal(hybrid(latent, {absent}), latent)
     assert hybrid.flops(8, 8) == hybrid.flops(8, 8, {left}) > hybrid.flops(8, 8, {absent}) == 0
+
+
+@pytest.mark.parametrize("size", [(5, 7), (4, 6)])
+def test_beyond_its_edge_a_latent_goes_on_as_it_ends(
+    hybrid: HybridLatent, size: tuple[int, int]
+) -> None:
+    latent = torch.randn(1, 4, *size)
+    height, width = size
+    padded = torch.nn.functional.pad(latent, (0, -width % 4, 0, -height % 4), mode="replicate")
+    expected = hybrid.coarse(padded)[..., :height, :width]
+    torch.testing.assert_close(hybrid.coarse(latent), expected)

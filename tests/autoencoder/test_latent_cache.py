@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.latent_cache import (
     CacheOptions,
+    CacheResult,
     encode_folder,
     encode_pictures,
 )
@@ -26,7 +27,7 @@ from parscale_ear.autoencoder.latent_decoding import decode_folder
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.images import ImageError, ImageRef, find_images, load_squares
-from parscale_ear.data.latents import INDEX_FILE, LatentDataset, shard_name
+from parscale_ear.data.latents import INDEX_FILE, LatentDataset, shard_name, write_shard
 
 OPTIONS = CacheOptions(side=64, batch=4, shard=5)
 
@@ -361,3 +362,58 @@ def test_an_index_that_lacks_something_is_told(classes: Path, tmp_path: Path) ->
         (out / INDEX_FILE).write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=f"not an index of latents .*{key}"):
             LatentDataset(out)
+
+
+def test_stores_and_decodes_in_the_dtype_that_is_asked_for(classes: Path, tmp_path: Path) -> None:
+    refs = find_images([classes])
+    encode_folder(refs, tmp_path / "out", CacheOptions(**{**vars(OPTIONS), "dtype": "bf16"}))
+    half = LatentDataset(tmp_path / "out")[0]["latent"]
+    encode_folder(refs, tmp_path / "whole", OPTIONS)
+    whole = LatentDataset(tmp_path / "whole")[0]["latent"]
+    assert (half.dtype, whole.dtype) == (torch.bfloat16, torch.float32)
+    assert 0 < (half.float() - whole).abs().max() < 0.1
+    pixels = []
+    for dtype in ("fp32", "bf16"):
+        decode_folder(tmp_path / "whole", tmp_path / dtype, dtype=dtype)
+        pixels.append(np.array(Image.open(tmp_path / dtype / "cat" / "01.png")).astype(int))
+    assert 0 < np.abs(pixels[0] - pixels[1]).max() < 12
+
+
+def test_what_was_done_before_counts_as_done(classes: Path, tmp_path: Path) -> None:
+    refs = find_images([classes])
+    encode_folder(refs, tmp_path / "out", OPTIONS)
+    (tmp_path / "out" / shard_name(1)).unlink()
+    done: list[int] = []
+    result = encode_folder(refs, tmp_path / "out", OPTIONS, progress=done.append)
+    assert sum(done) == len(refs)
+    assert 0 < result.encoded < result.pictures == 12
+
+
+@pytest.mark.parametrize(("reading", "bound_by"), [(0.9, "reading pictures"), (0.1, "the model")])
+def test_says_what_bounds_the_speed(reading: float, bound_by: str) -> None:
+    assert CacheResult(1, 1, {}, 1.0, reading).bound_by == bound_by
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_job_beyond_the_last_is_refused(rank: int, classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\)"):
+        encode_folder(find_images([classes]), tmp_path / "out", OPTIONS, rank=rank, world=2)
+
+
+def test_decoded_pictures_have_names_of_their_own_inside_the_folder(
+    tmp_path: Path, shipped: ParScaleEAR
+) -> None:
+    names = ["a.png", "a.jpg", "../../b.png", "/c.png", "d/../../e.png", ".."]
+    job = {"latent_fingerprint": shipped.latent_fingerprint(), "mirror": False}
+    digest = write_shard(
+        tmp_path / "out", 0, torch.zeros(6, 32, 1, 1), [-1] * 6, names, skipped={}, job=job
+    )
+    shard = {"file": shard_name(0), "count": 6, "sha256": digest}
+    index = {
+        "format": 1, "complete": True, "count": 6, "mirrored": False, "classes": [], "job": job,
+        "latent_fingerprint": job["latent_fingerprint"], "shards": [shard], "skipped": {},
+    }  # fmt: skip
+    (tmp_path / "out" / INDEX_FILE).write_text(json.dumps(index))
+    assert decode_folder(tmp_path / "out", tmp_path / "png") == 6
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 6
+    assert len(list(tmp_path.rglob("*.png"))) == 6

@@ -42,6 +42,26 @@ class TestShapes:
         assert torch.equal(tiny(x), by_hand)
         assert torch.equal(tiny(x, clamp=True), by_hand.clamp(-1, 1))
 
+    def test_forward_runs_the_branches_that_are_asked_for(self, tiny: ParScaleEAR) -> None:
+        x = images(2, 3, 32, 48)
+        latent = tiny.encode(x).mode()
+        for branches in ((), {"coarse"}, {"fine"}):
+            expected = tiny.decode(tiny.enhance(latent, branches=branches))
+            assert torch.equal(tiny(x, branches=branches), expected)
+            assert not torch.equal(tiny(x), expected)
+
+    def test_every_level_of_the_encoder_sees_its_bands(self, tiny: ParScaleEAR) -> None:
+        seen = {}
+        for name in ("level3", "level4"):
+            level = getattr(tiny.encoder, name)
+            level.register_forward_hook(lambda _, inputs, __, k=name: seen.update({k: inputs[0]}))
+        tiny.encode(torch.full((1, 3, 32, 32), 0.25))
+        for name, gain in (("level3", 8), ("level4", 16)):  # a level of the transform doubles
+            torch.testing.assert_close(
+                seen[name][:, :3], torch.full_like(seen[name][:, :3], 0.25 * gain)
+            )
+            assert seen[name][:, 3:].abs().max() < 1e-5  # a flat picture has no details
+
     def test_clamps_only_when_asked(self, tiny: ParScaleEAR) -> None:
         latent = torch.randn(1, 4, 4, 4) * 1000
         assert tiny.decode(latent).abs().max() > 1
@@ -103,6 +123,15 @@ class TestPosterior:
         )
         torch.testing.assert_close(posterior.kl(), expected, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("value", [-1e6, 1e6])
+    def test_no_variance_is_without_bounds(self, tiny: ParScaleEAR, value: float) -> None:
+        bias = tiny.encoder.moments.bias
+        assert bias is not None
+        bias.data[4:] = value
+        posterior = tiny.encode(images(1, 3, 32, 32))
+        assert posterior.sample().isfinite().all()
+        assert posterior.kl().isfinite().all()
+
     def test_samples_have_the_stated_moments(self, tiny: ParScaleEAR) -> None:
         posterior = tiny.encode(images(1, 3, 16, 16).expand(20_000, -1, -1, -1))
         sample = posterior.sample(torch.Generator().manual_seed(1))
@@ -161,6 +190,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="finite"):
             tiny(x, check_finite=True)
 
+    def test_finiteness_of_latents_when_asked(self, tiny: ParScaleEAR) -> None:
+        latent = torch.full((1, 4, 2, 2), torch.inf)
+        for call in (tiny.enhance, tiny.decode):
+            call(latent)
+            with pytest.raises(ValueError, match="latent must be finite"):
+                call(latent, check_finite=True)
+
     @pytest.mark.parametrize("part", ["encoder", "hybrid"])
     def test_finiteness_is_checked_on_the_way(self, tiny: ParScaleEAR, part: str) -> None:
         x = images(1, 3, 32, 32)
@@ -203,7 +239,12 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("field", "value"),
-        [("latent_channels", 0), ("encoder_widths", (1, 2)), ("decoder_blocks", (1, -1, 1))],
+        [
+            ("latent_channels", 0),
+            ("encoder_widths", (1, 2)),
+            ("encoder_widths", (8.0, 8, 8)),
+            ("decoder_blocks", (1, -1, 1)),
+        ],
     )
     def test_litevae_config_names_the_bad_field(self, field: str, value: object) -> None:
         with pytest.raises(ValueError, match=field):
@@ -225,6 +266,11 @@ class TestCost:
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, *size, device="meta"))
         assert model.flops(*size) == counter.get_total_flops()
+
+    @pytest.mark.parametrize("size", [(250, 256), (256, 250), (0, 16)])
+    def test_flops_are_of_whole_latents(self, size: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="multiples of 16"):
+            ParScaleEAR().flops(*size)
 
     def test_flops_of_grouped_convolutions_equal_pytorch(self) -> None:
         grouped = torch.nn.Conv2d(8, 12, 3, padding=1, groups=4, device="meta")
@@ -292,7 +338,10 @@ class TestFiles:
         assert tiny.latent_fingerprint() == before
         with torch.no_grad():
             tiny.encoder.level2.bias += 1
-        assert tiny.latent_fingerprint() != before
+        changed = tiny.latent_fingerprint()
+        assert changed != before
+        tiny.latent_std.mul_(2)
+        assert tiny.latent_fingerprint() not in (before, changed)
 
     def test_weights_of_another_shape_are_refused(self, tiny: ParScaleEAR, tmp_path: Path) -> None:
         tiny.encoder.level2 = torch.nn.Conv2d(48, 8, 1)
