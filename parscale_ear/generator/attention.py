@@ -257,7 +257,9 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(rows, tokens, 3, self.heads, width // self.heads)
         scale = 0.25 / math.sqrt(width // self.heads)
         if self.log_scale is not None:
-            lengths = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp_min(LEAST_LENGTH)
+            # So that the largest gain over it is finite, in FP16 too.
+            least = max(LEAST_LENGTH, 1.01 * math.exp(MAX_LOG_SCALE) / torch.finfo(qkv.dtype).max)
+            lengths = qkv[:, :, :2].norm(dim=-1, keepdim=True).clamp_min(least)
             gain = self.log_scale.clamp_max(MAX_LOG_SCALE).exp()[:, None]  # (N, 1)
             # The gain goes with the length, (R, T, N, 1): one pass over the queries less.
             query, key = qkv[:, :, 0] * (gain / lengths[:, :, 0]), qkv[:, :, 1] / lengths[:, :, 1]

@@ -251,6 +251,7 @@ def test_scores_of_streams_reach_their_parameters(model: EnergyAR) -> None:
         ({"labels": []}, "at least one"),
         ({"labels": [0], "guidance": -1.0}, "guidance"),
         ({"labels": [0], "temperature": 1.5}, "temperature"),
+        ({"labels": [0], "temperature": -0.5}, "temperature"),
         ({"labels": [0], "streams": 0}, "streams must be at least 1"),
         ({"labels": [0], "streams": 2, "mode": "aggregate"}, "trained streams"),
         ({"labels": [0], "mode": "both"}, "mode"),
@@ -304,6 +305,44 @@ def test_damaged_weights(model: EnergyAR) -> None:
         model.head.out[0].weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         model.generate_latents([0])
+
+
+def test_pictures_are_the_autoencoders_own(model: EnergyAR, tiny: ParScaleEAR) -> None:
+    """Those of the enhanced latent, limited to what a picture can show."""
+    model.attach(tiny)
+    with torch.no_grad():
+        for parameter in tiny.decoder.parameters():
+            parameter.mul_(2)
+        latents = torch.randn(2, 4, 8, 8)
+        pictures = tiny.decode(tiny.enhance(latents))
+        assert not torch.allclose(tiny.decode(latents), pictures, atol=0.1)
+    assert float(pictures.abs().max()) > 1
+    torch.testing.assert_close(model.decode(latents), pictures.clamp(-1, 1))
+
+
+def test_the_autoencoder_moves_along_but_keeps_its_dtype(
+    model: EnergyAR, tiny: ParScaleEAR
+) -> None:
+    model.attach(tiny).to("meta", torch.bfloat16)
+    assert model.transformer.positions.dtype == torch.bfloat16
+    assert {p.dtype for p in tiny.parameters()} == {torch.float32}
+    assert {p.device.type for p in tiny.parameters()} == {"meta"}
+
+
+def test_pictures_without_an_autoencoder_fail_before_the_work(model: EnergyAR) -> None:
+    events: list[LatentEvent] = []
+    with pytest.raises(ValueError, match="attach"):
+        model.generate([0], callback=events.append)
+    assert not events
+
+
+def test_a_callback_sees_every_scale(model: EnergyAR) -> None:
+    events: list[LatentEvent] = []
+    latents = model.generate_latents([0, 2], generator=seeded(), callback=events.append)
+    tokens = model.pyramid.encode(latents)
+    assert [(event.scale, event.scales) for event in events] == [(k, 7) for k in range(7)]
+    for event, part in zip(events, tokens, strict=True):
+        torch.testing.assert_close(event.tokens, part, atol=1e-4, rtol=1e-4)
 
 
 def test_a_damaged_decoder_draws_no_pictures(model: EnergyAR, tiny: ParScaleEAR) -> None:
@@ -369,6 +408,18 @@ def test_pictures_from_the_shipped_autoencoder(tmp_path: Path) -> None:
     half = model.save_pretrained(tmp_path / "half.safetensors", dtype=torch.float16)
     assert half.stat().st_size < 0.7 * path.stat().st_size
     assert EnergyAR.load(half).fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_are_loaded_for_use_in_the_dtype_asked_for(
+    model: EnergyAR, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    path = model.save_pretrained(tmp_path / "half.safetensors", dtype=torch.float16)
+    loaded = EnergyAR.load(path, dtype=dtype)
+    assert not loaded.training
+    assert {p.dtype for p in loaded.parameters()} == {dtype or torch.float32}
+    for name, statistics in model.pyramid.named_buffers():
+        assert torch.equal(loaded.pyramid.get_buffer(name), statistics)  # not rounded to FP16
 
 
 def test_weights_recommend_their_settings(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parscale_ear.generator.energy import EnergyHead, energy_score
+from parscale_ear.generator.energy import EnergyHead, energy_score, split_bands
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
@@ -128,6 +128,45 @@ def test_bands_are_drawn_with_those_before_them() -> None:
     two[..., :4] = 1
     first, second = (head.band(hidden, before, noise, level=1, band=1) for before in (one, two))
     assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_a_draw_is_what_teaching_says_of_it() -> None:
+    """Band by band, each from noise of its own and told the drawn ones before it."""
+    head = small_head()
+    hidden = torch.randn(2, 5, 8)
+    tokens = head.draw(hidden, level=2, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for band, before, drawn in split_bands(tokens, 4, level=2):
+        noise = head.draw_noise((2, 5), hidden, generator)
+        torch.testing.assert_close(head.band(hidden, before, noise, level=2, band=band), drawn)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_head_in_half_precision_draws_in_fp32(level: int) -> None:
+    head = small_head().bfloat16()
+    assert head.draw(torch.zeros(1, 2, 8).bfloat16(), level=level).dtype == torch.float32
+
+
+def test_noise_is_uniform_about_zero() -> None:
+    noise = small_head().draw_noise((5000,), torch.zeros(1), torch.Generator().manual_seed(0))
+    assert noise.shape == (5000, 6)
+    assert float(noise.min()) == pytest.approx(-0.5, abs=0.01)
+    assert float(noise.max()) == pytest.approx(0.5, abs=0.01)
+    assert float(noise.std()) == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_the_mean_and_every_band_have_weights_of_their_own(level: int) -> None:
+    """In the order that files have: the mean's, then level by level, band by band."""
+    for band in range(3 if level else 1):
+        head = small_head()
+        noise = head.draw_noise((1, 2), torch.zeros(1))
+        head.band(torch.randn(1, 2, 8), None, noise, level=level, band=band).sum().backward()
+        used = [k for k, layer in enumerate(head.out) if layer.weight.grad is not None]
+        assert used == [3 * (level - 1) + 1 + band if level else 0]
+        told = head.bands.weight.grad
+        assert told is not None
+        assert told.any(1).nonzero().flatten().tolist() == [1 + band if level else 0]
 
 
 def test_draws_follow_their_generator_and_temperature() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from parscale_ear.generator.pyramid import LatentPyramid
 
@@ -45,6 +46,30 @@ def test_the_mean_is_the_first_token() -> None:
     expected = latents.mean((2, 3))
     # Finer details stand at their mean, which is about zero and has no part in this mean at all.
     torch.testing.assert_close(flat, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_number_that_never_differs_is_no_division_by_zero() -> None:
+    latents = torch.randn(8, 3, 4, 4)
+    latents[:, 1] = 0.5
+    pyramid = LatentPyramid(3, 4)
+    pyramid.fit(latents)
+    tokens = pyramid.encode(latents)
+    assert all(bool(part.isfinite().all()) for part in tokens)
+    torch.testing.assert_close(pyramid.decode(tokens), latents, atol=1e-5, rtol=1e-5)
+
+
+def centres(pyramid: LatentPyramid, inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Of every scale's tokens, the coarse part of the inputs at their own cell, (B, T, Z)."""
+    own = inputs.unflatten(-1, (-1, 9))[:, :, : pyramid.channels, 4]
+    return list(own.split(pyramid.counts[1:], dim=1))
+
+
+def test_inputs_say_the_mean_of_every_cell() -> None:
+    pyramid, latents = fitted(8, phases=1)
+    found = centres(pyramid, pyramid.teacher_input(latents))
+    for scale, part in zip(pyramid.scales[1:], found, strict=True):
+        means = F.adaptive_avg_pool2d(latents, scale.side).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(part, means, atol=1e-4, rtol=1e-4)
 
 
 def test_taught_inputs_are_those_of_a_generation() -> None:
@@ -95,6 +120,18 @@ def test_noise_on_the_inputs_spares_what_is_not_drawn() -> None:
     assert torch.equal(noisy, again)
 
 
+def test_noise_on_the_inputs_has_any_deviation_up_to_the_largest() -> None:
+    """Of the cells' means, and drawn anew for every picture."""
+    pyramid, latents = fitted(16, phases=1, channels=8)
+    noisy = pyramid.teacher_input(latents, 0.5, torch.Generator().manual_seed(0))
+    noise = centres(pyramid, noisy - pyramid.teacher_input(latents))[-1]  # 64 cells of 8 channels
+    deviations = noise.flatten(1).std(1)
+    assert float(deviations.min()) < 0.1
+    assert 0.4 < float(deviations.max()) < 0.56
+    assert 0.2 < float(deviations.mean()) < 0.3
+    assert float(noise.mean((1, 2)).abs().max()) < 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [((3, 6, 1), "power of two"), ((3, 1, 1), "power of two"), ((3, 8, 3), "phases"),
@@ -111,13 +148,14 @@ def test_bad_latents() -> None:
         pyramid.encode(torch.zeros(1, 3, 4, 4))
 
 
-def test_inputs_say_which_neighbours_are_drawn() -> None:
-    """In the middle: none in the first phase, four in the next two, all eight in the last."""
-    pyramid, latents = fitted(8)
+@pytest.mark.parametrize(("phases", "drawn"), [(1, [0]), (2, [0, 4]), (4, [0, 4, 4, 8])])
+def test_inputs_say_which_neighbours_are_drawn(phases: int, drawn: list[int]) -> None:
+    """In the middle; of four phases none in the first, four in the next two, eight in the last."""
+    pyramid, latents = fitted(8, phases)
     flags = pyramid.teacher_input(latents).unflatten(-1, (-1, 9))[0, :, -1]  # (L − 1, 9)
-    phases = flags[sum(pyramid.counts[1:3]) :].split(4)
-    assert [int(phase.sum(1).max()) for phase in phases] == [0, 4, 4, 8]
-    assert not any(phase[:, 4].any() for phase in phases)
+    parts = flags[sum(pyramid.counts[1:3]) :].split(16 // phases)
+    assert [int(part.sum(1).max()) for part in parts] == drawn
+    assert not any(part[:, 4].any() for part in parts)
 
 
 def test_one_latent_has_no_deviation() -> None:

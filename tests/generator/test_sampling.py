@@ -38,6 +38,15 @@ def test_draws_follow_the_probabilities(options: dict[str, float], expected: lis
     assert bool((found[torch.tensor(expected) == 0] == 0).all())
 
 
+def test_top_p_keeps_no_token_more_than_it_needs() -> None:
+    logits = torch.zeros(1, 100, 2)  # the first of two has the half that is asked for, exactly
+    first, second = (
+        sample_tokens(logits, top_p=0.5, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    assert torch.equal(first, second)
+
+
 def test_draws_follow_the_generator() -> None:
     logits = torch.randn(2, 50, 30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_var import count_rows, draw, lively_streams
 from torch import Tensor
 
+from parscale_ear import checkpoint
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.generator.streams import ParallelStreams, StreamsConfig
 from parscale_ear.generator.transformer import TransformerConfig
@@ -61,6 +63,13 @@ def test_modes(var: VAR) -> None:
     plain = var.generate([3], streams=3, top_k=1)
     assert torch.equal(plain[:, 0], plain[:, 1])
     torch.testing.assert_close(plain[:, 0], var.generate([3], top_k=1), atol=1e-3, rtol=0)
+
+
+def test_fresh_streams_differ_at_once(var: VAR) -> None:
+    """Streams that start alike would learn alike."""
+    streams = ParallelStreams.fitting(var.transformer.config, 2)
+    greedy = var.generate([3], streams=streams, top_k=1)
+    assert not torch.allclose(greedy[:, 0], greedy[:, 1], atol=0.01)
 
 
 def each_alone(var: VAR, streams: ParallelStreams, number: int) -> ParallelStreams:
@@ -164,8 +173,20 @@ def test_save_and_load(var: VAR, tmp_path: Path) -> None:
     path = streams.save_pretrained(tmp_path / "streams.safetensors")
     loaded = ParallelStreams.from_pretrained(path)
     assert torch.equal(draw(var, 0, streams=loaded), draw(var, 0, streams=streams))
+    assert not loaded.training
     with pytest.raises(CheckpointError, match="of kind ParallelStreams, expected VAR"):
         VAR.from_pretrained(path)
+
+
+@pytest.mark.parametrize("change", [{"unheard_of": 1}, {"count": 0}, {"count": 3}])
+def test_a_config_that_does_not_fit_the_file_is_named(
+    var: VAR, tmp_path: Path, change: dict[str, int]
+) -> None:
+    streams, path = lively_streams(var, 2), tmp_path / "streams.safetensors"
+    config = {**asdict(streams.config), **change}
+    checkpoint.save(path, streams.state_dict(), kind="ParallelStreams", config=config)
+    with pytest.raises(CheckpointError, match=r"streams\.safetensors: .*(unheard_of|streams|size)"):
+        ParallelStreams.from_pretrained(path)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +230,11 @@ def test_streams_of_another_backbone_are_refused(var: VAR) -> None:
     with pytest.raises(ValueError, match="another backbone"):
         var.logits([3], tokens, streams=streams)
     assert ParallelStreams.fitting(other, 1).check_fits(var.transformer.config) is None
+    plain = ParallelStreams.fitting(replace(var.transformer.config, l2_norm=False), 2)
+    with pytest.raises(ValueError, match="l2_norm False instead of True"):
+        var.generate([3], streams=plain)
+
+
+def test_streams_on_another_device_are_refused(var: VAR) -> None:
+    with pytest.raises(ValueError, match=r'on meta, the backbone on cpu; .*streams\.to\("cpu"\)'):
+        var.generate([3], streams=lively_streams(var, 2).to("meta"))

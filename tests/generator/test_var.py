@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from parscale_ear.generator import attention
 from parscale_ear.generator.packing import PackedLinear, can_pack
+from parscale_ear.generator.quantizer import MultiScaleQuantizer
 from parscale_ear.generator.var import VAR
 
 LOGITS_TOLERANCE = 1e-4  # FP32, against the authors' own figures
@@ -37,6 +38,30 @@ def test_tokenizer_equals_the_authors(
             assert torch.equal(ours, theirs)
         restored = vqvae.decode(found)
     torch.testing.assert_close(restored, vectors["vqvae.reconstruction"], atol=1e-4, rtol=0)
+
+
+def test_ten_scales_share_four_convolutions_as_the_authors_do() -> None:
+    quantizer = MultiScaleQuantizer(1, 1, sides=range(1, 11), phis=4).requires_grad_(False)
+    quantizer.codebook.weight.zero_()
+    for number, phi in enumerate(quantizer.phi):
+        phi.weight.zero_()
+        phi.bias.fill_(2 * number)  # half of it is added
+    added = [
+        quantizer.contribution(scale, torch.zeros(1, side * side, dtype=torch.long))
+        for scale, side in enumerate(quantizer.sides)
+    ]
+    assert [int(part.mean()) for part in added] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_an_observer_is_told_which_vectors_became_which_tokens(var: VAR) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    quantizer = var.vqvae.quantizer
+    tokens = quantizer.encode(torch.randn(2, 8, 4, 4), lambda *told: seen.append(told))
+    for (vectors, numbers), part in zip(seen, tokens, strict=True):
+        assert torch.equal(numbers, part.flatten())
+        nearest = torch.cdist(vectors, quantizer.codebook.weight).min(1).values
+        own = (vectors - quantizer.codebook(numbers)).norm(dim=1)
+        torch.testing.assert_close(own, nearest, atol=1e-3, rtol=1e-3)
 
 
 def test_teacher_forced_logits_equal_the_authors(
@@ -150,6 +175,15 @@ def test_scores_in_pieces_equal_scores_at_once(monkeypatch: pytest.MonkeyPatch) 
         )
     assert torch.equal(whole, pieces)
     torch.testing.assert_close(whole.float(), exact, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_queries_and_keys_without_length_are_no_division_by_zero(dtype: torch.dtype) -> None:
+    layer, x = attention.SelfAttention(8, 2, l2_norm=True).to(dtype), torch.randn(1, 3, 8)
+    assert layer.log_scale is not None
+    layer.log_scale.data.fill_(9)  # beyond the largest that counts
+    x[:, 1] = 0
+    assert bool(layer(x.to(dtype)).isfinite().all())
 
 
 def test_packing(var: VAR, tmp_path: Path) -> None:
