@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from parscale_ear.data.crops import RandomCrops, scan_sizes
-from parscale_ear.data.images import ImageError, ImageRef, find_images
+from parscale_ear.data.images import ImageError, ImageRef, find_images, to_uint8
 
 
 def test_a_batch_is_a_function_of_seed_and_step(folder_of_pictures: Path) -> None:
@@ -18,6 +19,40 @@ def test_a_batch_is_a_function_of_seed_and_step(folder_of_pictures: Path) -> Non
     assert torch.equal(first.batch(5, 4), second.batch(5, 4))
     assert not torch.equal(first.batch(5, 4), first.batch(6, 4))
     assert not torch.equal(first.batch(5, 4), RandomCrops(refs, side=64, seed=2).batch(5, 4))
+
+
+def test_processes_share_the_crops_of_a_step(folder_of_pictures: Path) -> None:
+    crops = RandomCrops(find_images([folder_of_pictures]), side=32)
+    assert torch.equal(crops.batch(3, 4, first=2), crops.batch(3, 6)[2:])
+
+
+def ramp(folder: Path, width: int, height: int) -> list[ImageRef]:
+    """A picture whose pixels tell their column and row, two levels each."""
+    x, y = np.meshgrid(2 * np.arange(width), 2 * np.arange(height))
+    pixels = np.stack((x, y, np.zeros_like(x)), axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "ramp.png")
+    return find_images([folder / "ramp.png"])
+
+
+def test_every_place_of_a_picture_is_drawn_and_its_mirror_image(tmp_path: Path) -> None:
+    crops = RandomCrops(ramp(tmp_path, 10, 9), side=8, max_reduction=1.0)
+    pixels = to_uint8(crops.batch(0, 200))[:, :2] // 2  # (200, column and row, 8, 8)
+    first, last, top = (pixels[:, c, 0, k].tolist() for c, k in ((0, 0), (0, -1), (1, 0)))
+    found = set(zip(first, last, top, strict=True))
+    plain = {(left, left + 7, top) for left in range(3) for top in range(2)}
+    assert found == plain | {(right, left, top) for left, right, top in plain}
+    assert 70 <= sum(f > e for f, e in zip(first, last, strict=True)) <= 130  # half, 4 deviations
+
+
+@pytest.mark.parametrize(("height", "most"), [(120, 3.0), (32, 2.0)])
+def test_half_of_the_crops_are_reduced_as_far_as_allowed_and_as_there_is_room(
+    height: int, most: float, tmp_path: Path
+) -> None:
+    crops = RandomCrops(ramp(tmp_path, 120, height), side=16, max_reduction=3.0)
+    columns = to_uint8(crops.batch(0, 200))[:, 0, 8].int()  # (200, 16)
+    scales = (columns[:, 12] - columns[:, 4]).abs() / (2 * 8)  # away from the edges a line
+    assert 70 <= (scales == 1).sum() <= 130  # half, and what is reduced by less than a pixel
+    assert most - 0.2 < scales.max() <= most + 0.1
 
 
 def test_range_and_shape(folder_of_pictures: Path) -> None:
@@ -46,6 +81,14 @@ def test_large_pictures_are_drawn_more_often(folder_of_pictures: Path) -> None:
     shares = [cumulative[0], *np.diff(cumulative)]
     assert shares == sorted(shares)
     assert shares[-1] > 1.1 * shares[0]
+
+
+def test_it_is_the_area_of_a_picture_that_counts(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "black").save(tmp_path / "small.png")
+    Image.new("RGB", (80, 80), "white").save(tmp_path / "large.png")
+    crops = RandomCrops(find_images([tmp_path]), side=16).batch(0, 400)
+    small = int((crops.amax((1, 2, 3)) < 0).sum())
+    assert 0 < small < 400 / 10  # of 25 times the area and 5 times the width
 
 
 def test_sizes_that_are_known_are_not_read_again(

@@ -76,3 +76,30 @@ def test_a_dataset_without_pictures(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "texts"))
     with pytest.raises(ImageError, match=r"no column of pictures.*found text"):
         find_images([f"hf:{tmp_path}/texts"])
+
+
+def test_without_a_split_it_is_the_training_pictures(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "cls": datasets.Value("int64")}
+    )
+    splits = {
+        split: datasets.Dataset.from_dict(
+            {"image": [{"bytes": b"x", "path": None}], "cls": [number]}, features=features
+        )
+        for split, number in (("test", 3), ("train", 7))
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    (ref,) = find_images([f"hf:{tmp_path}/saved"])
+    assert ref.label == "7"  # its number, as there are no names
+
+
+def test_pictures_that_lie_beside_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, value in (("cat", 10), ("dog", 20)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        picture(value).save(tmp_path / "data" / name / "0.png")
+    refs = find_images([f"hf:{tmp_path}/data"])
+    assert [ref.label for ref in refs] == ["cat", "dog"]
+    assert [np.array(ref.load())[0, 0, 0] for ref in refs] == [10, 20]

@@ -38,6 +38,14 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     assert np.asarray(ImageRef(tmp_path / "x.png").load()).min() == 255
 
 
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_a_transparent_colour_is_laid_over_white(tmp_path: Path, mode: str) -> None:
+    picture = Image.new("RGB", (8, 8), "black").convert(mode)
+    transparent = (0, 0, 0) if mode == "RGB" else picture.getpixel((0, 0))
+    picture.save(tmp_path / "x.png", transparency=transparent)
+    assert np.asarray(ImageRef(tmp_path / "x.png").load()).min() == 255
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
@@ -51,6 +59,14 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
     Image.fromarray(grey).save(tmp_path / "x.png")
     loaded = np.asarray(ImageRef(tmp_path / "x.png").load())[..., 0]
     np.testing.assert_allclose(loaded.astype(float), grey / 257, atol=0.51)
+
+
+@pytest.mark.parametrize(("most", "per_level"), [(255, 1), (65535, 257)])
+def test_32_bit_grey_may_hold_8_or_16_bits(tmp_path: Path, most: int, per_level: int) -> None:
+    grey = np.linspace(0, most, 256).astype(np.int32).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    loaded = np.asarray(ImageRef(tmp_path / "x.tif").load())[..., 0]
+    np.testing.assert_allclose(loaded.astype(float), grey / per_level, atol=0.51)
 
 
 def test_8_bits_survive_the_way_to_a_tensor_and_back(tmp_path: Path) -> None:
@@ -69,6 +85,9 @@ def test_resize_and_crop_by_the_protocol() -> None:
     expected = gradient(300, 200).resize((150, 100), Image.Resampling.LANCZOS)
     assert wide.tobytes() == expected.crop((25, 0, 125, 100)).tobytes()
     assert images.resize_and_crop(gradient(100, 103), 100).size == (100, 100)
+    expected = gradient(61, 41).resize((30, 20), Image.Resampling.LANCZOS)  # 29.76: rounded
+    found = images.resize_and_crop(gradient(61, 41), 20)
+    assert found.tobytes() == expected.crop((5, 0, 25, 20)).tobytes()
 
 
 @pytest.mark.parametrize("size", [(430, 47), (47, 431), (300, 9), (1, 40)])
@@ -100,6 +119,27 @@ def test_from_8_bits_leaves_its_argument_alone() -> None:
     given = torch.tensor([0.0, 255.0])
     assert images.from_uint8(given).tolist() == [-1.0, 1.0]
     assert given.tolist() == [0.0, 255.0]
+
+
+def test_to_8_bits_what_is_out_of_range_becomes_black_or_white() -> None:
+    assert images.to_uint8(torch.tensor([-3.0, -1.01, 1.01, 3.0])).tolist() == [0, 0, 255, 255]
+
+
+def test_a_grid_has_its_rows_below_one_another_with_white_between() -> None:
+    cells = [
+        [torch.full((3, 2, 5), 10 * y + x, dtype=torch.uint8) for x in range(3)] for y in (0, 1)
+    ]
+    cells[1].pop()  # a shorter row
+    sheet = np.asarray(images.grid(cells, gap=1))
+    assert sheet.shape == (5, 17, 3)
+    assert sheet[:, ::3, 1].tolist() == [
+        [0, 0, 1, 1, 2, 2],
+        [0, 0, 1, 1, 2, 2],
+        [255] * 6,
+        [10, 10, 11, 11, 255, 255],
+        [10, 10, 11, 11, 255, 255],
+    ]
+    assert sheet[0, :, 1].tolist() == [0] * 5 + [255] + [1] * 5 + [255] + [2] * 5
 
 
 def test_padding_repeats_the_edge() -> None:

@@ -8,7 +8,12 @@ from PIL import Image
 
 from parscale_ear.data import reference
 from parscale_ear.data.images import ImageError
-from parscale_ear.data.reference import load_reference, wheel_reference, wheel_squares
+from parscale_ear.data.reference import (
+    load_reference,
+    wheel_photographs,
+    wheel_reference,
+    wheel_squares,
+)
 
 
 def test_the_default_is_200_crops_and_more_of_many_scenes() -> None:
@@ -18,6 +23,10 @@ def test_the_default_is_200_crops_and_more_of_many_scenes() -> None:
     assert len(set(found.clusters)) == 13
     assert "compares models" in found.warning
     assert len({picture.numpy().tobytes() for picture in found.pictures}) == 210
+    short = {scene: min(photograph.size) for scene, photograph in wheel_photographs()}
+    for name in found.names:  # no photograph is enlarged
+        scene, resized, _ = name.split()
+        assert int(resized.removesuffix("px")) <= short[scene]
 
 
 def test_the_same_everywhere_and_a_prefix_of_more() -> None:

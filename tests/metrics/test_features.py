@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,26 @@ def test_knows_what_is_on_a_photograph(extractor: EfficientNetLite) -> None:
     top = logits.topk(3).indices.tolist()
     assert set(top[0]) & {281, 282, 283, 285}  # tabby, tiger cat, Persian cat, Egyptian cat
     assert set(top[1]) & {967, 968, 504, 505}  # espresso, cup, coffee mug, coffeepot
+
+
+def test_the_network_is_given_what_it_was_trained_on(extractor: EfficientNetLite) -> None:
+    """Its size in pixels, black and white at −1 and 1, and no aliases of fine stripes."""
+    given: list[torch.Tensor] = []
+    stem = extractor.model.get_submodule("_conv_stem")
+    hook = stem.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    side = {"efficientnet-lite0": 224, "efficientnet-lite1": 240}[extractor.name]
+    pictures = torch.zeros(3, 3, 3 * side, 3 * side, dtype=torch.uint8)
+    pictures[1] = 255
+    pictures[2, :, :, ::2] = 255
+    try:
+        extractor(pictures)
+    finally:
+        hook.remove()
+    ((black, white, stripes),) = given
+    assert black.shape == (3, side, side)
+    torch.testing.assert_close(black, torch.full_like(black, -127 / 128), atol=2e-3, rtol=0)
+    torch.testing.assert_close(white, torch.ones_like(white), atol=2e-3, rtol=0)
+    assert stripes.abs().max() < 0.2
 
 
 def test_the_distance_grows_with_damage(
@@ -110,12 +131,14 @@ class TestInception:
             raise OSError("no network")
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        patience = socket.getdefaulttimeout()
         found, note = load_extractor("auto")
         assert found.distance == "FD-EfficientNetLite1"
         assert "could not be downloaded" in note
         assert str(tmp_path) not in note  # it goes into reports
         assert "--inception-weights" in caplog.text
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+        assert socket.getdefaulttimeout() == patience  # of whatever else uses the network
 
     def test_a_damaged_file_in_the_cache_is_told_as_such(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

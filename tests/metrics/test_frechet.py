@@ -9,6 +9,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from parscale_ear.metrics.frechet import (
     FeatureMoments,
     Gaussian,
+    Interval,
     clustered_bootstrap,
     frechet_distance,
 )
@@ -173,6 +174,21 @@ class TestBootstrap:
         x = np.random.default_rng(2).standard_normal(40)
         (interval,) = clustered_bootstrap(lambda i: [x[i].mean() - x[i].mean()], range(40))
         assert (interval.value, interval.low, interval.high) == (0, 0, 0)
+
+    def test_the_seed_and_the_level_settle_the_interval(self) -> None:
+        x = np.random.default_rng(3).standard_normal(100)
+
+        def interval(seed: int, level: float = 0.95) -> Interval:
+            (found,) = clustered_bootstrap(
+                lambda i: [x[i].mean()], range(100), repeats=1000, seed=seed, level=level
+            )
+            return found
+
+        assert interval(1) == interval(1) != interval(2)
+        half, most = interval(1, 0.5), interval(1)
+        assert (half.level, most.level) == (0.5, 0.95)
+        ratio = (half.high - half.low) / (most.high - most.low)
+        assert ratio == pytest.approx(0.674 / 1.96, rel=0.1)  # of a Gaussian
 
     def test_needs_two_photographs(self) -> None:
         with pytest.raises(ValueError, match="two photographs"):

@@ -35,6 +35,7 @@ def test_statistics_on_disk_give_the_distance_of_the_pictures(
     exact = frechet_distance(features, other)
     assert Gaussian.fit(other).distance(found.law) == pytest.approx(exact, rel=2e-3)
     assert found.law.distance(statistics.law) < 1e-4 * exact
+    np.testing.assert_allclose(found.law.root, statistics.law.root, rtol=2**-11, atol=1e-7)  # FP16
     assert (found.extractor, found.classes, found.facts) == ("judge", (3, 7), {"pictures": 60})
 
 
@@ -97,7 +98,19 @@ def test_nearest_finds_a_copy() -> None:
     apart, which = nearest(references[[7, 430]] + 1e-3, references)
     assert which.tolist() == [7, 430]
     assert float(apart.max()) < 0.01
-    assert quantiles(torch.arange(101.0))["q0.5"] == 50
+    _, each = nearest(references.flip(0), references)  # more than are compared at a time
+    assert each.tolist() == list(range(500))[::-1]
+
+
+def test_quantiles_have_their_level_as_name() -> None:
+    found = quantiles(torch.arange(101.0).flip(0))
+    assert found == pytest.approx({"q0.01": 1, "q0.25": 25, "q0.5": 50, "q0.75": 75})
+
+
+def test_only_the_first_of_a_class_are_its_neighbours() -> None:
+    features = torch.tensor([[0.0], [9.0], [2.0], [9.5], [2.1]])
+    found = nearest_other(features, torch.tensor([0, 1, 0, 1, 0]), 2)
+    assert found.tolist() == [2, 2, 0.5, 0.5]
 
 
 def test_a_class_of_one_picture_has_no_distances_within() -> None:

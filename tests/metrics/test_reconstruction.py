@@ -6,7 +6,16 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from parscale_ear.metrics import reconstruction
-from parscale_ear.metrics.reconstruction import cell_pattern, chroma, haarpsi, ms_ssim, psnr, ssim
+from parscale_ear.metrics.reconstruction import (
+    cell_pattern,
+    chroma,
+    haarpsi,
+    mean_quality,
+    ms_ssim,
+    psnr,
+    similarities,
+    ssim,
+)
 
 
 @pytest.fixture
@@ -51,6 +60,47 @@ def test_psnr_by_strips_is_that_of_the_whole(
 def test_equal_pictures(photographs: torch.Tensor) -> None:
     assert np.isinf(psnr(photographs[:1], photographs[:1])).all()
     np.testing.assert_allclose(ssim(photographs[:1], photographs[:1]), 1.0)
+
+
+def test_a_picture_that_comes_back_exactly_counts_as_100_db(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    damaged, originals = pair[0].clone(), pair[1]
+    damaged[0] = originals[0]
+    expected = [100, *psnr(damaged[1:], originals[1:])]
+    np.testing.assert_array_equal(similarities(damaged, originals)["psnr_db"], expected)
+    means = mean_quality(damaged, originals)
+    assert means == pytest.approx(
+        {"psnr_db": np.mean(expected), "ssim": ssim(damaged, originals).mean()}
+    )
+
+
+def test_every_similarity_is_under_its_own_name(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    found = similarities(*pair)
+    for metric in (ssim, ms_ssim, haarpsi):
+        np.testing.assert_array_equal(found.pop(metric.__name__), metric(*pair))
+    assert list(found) == ["psnr_db"]
+    small = similarities(*(pictures[..., :160] for pictures in pair))
+    assert np.isnan(small["ms_ssim"]).all()
+
+
+def test_similarities_differ_in_what_they_make_of_brightness(photographs: torch.Tensor) -> None:
+    """SSIM counts it in full, MS-SSIM at the last of its five scales alone, HaarPSI at edges."""
+    dark, bright = (torch.full((1, 3, 256, 256), k, dtype=torch.uint8) for k in (50, 100))
+    offset = (0.01 * 255) ** 2  # C₁ of Wang et al. (2004)
+    luminance = (2 * 50 * 100 + offset) / (50**2 + 100**2 + offset)
+    assert ssim(dark, bright) == pytest.approx(luminance, rel=1e-4)
+    assert ms_ssim(dark, bright) == pytest.approx(luminance**0.1333, rel=1e-3)
+    window = torch.hann_window(256, periodic=False)
+    photograph, light = photographs[:1] // 2, 60 * window[:, None] * window  # none at the edges
+    lit = (photograph + light).round().to(torch.uint8)
+    assert ssim(lit, photograph) < 0.9
+    assert haarpsi(lit, photograph) > 0.95
+
+
+def test_black_is_like_black() -> None:
+    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert haarpsi(black, black) == 1
 
 
 @pytest.mark.parametrize("function", [psnr, ssim])

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.profiling import roofline
 from parscale_ear.profiling.latency import (
     Timings,
     benchmark_model_precise,
@@ -72,6 +77,32 @@ def test_benchmark_of_a_model(tiny: ParScaleEAR) -> None:
     assert result["peak_memory_mib"] is None
 
 
+def test_benchmark_runs_as_often_and_with_what_it_says() -> None:
+    class Eye(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.seen: list[torch.Size] = []
+
+        def forward(self, images: Tensor) -> None:
+            self.seen.append(images.shape)
+
+    model = Eye()
+    benchmark_model_precise(model, "cpu", 2, 5, warmup=3, height=32, width=48)
+    assert model.seen == [(2, 3, 32, 48)] * (3 + 5)
+
+
+def test_benchmark_is_in_milliseconds_an_image(
+    tiny: ParScaleEAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        # A clock on which every run takes 8 ms.
+        patch.setattr(time, "perf_counter_ns", itertools.count(step=8_000_000).__next__)
+        result = benchmark_model_precise(tiny, "cpu", 2, 3, warmup=1, height=32, width=32)
+    assert {result[f"{name}_ms_per_image"] for name in ("mean", "p50", "p95", "p99")} == {4}
+    assert result["images_per_s"] == 250
+
+
 def test_benchmark_refuses_another_device(tiny: ParScaleEAR) -> None:
     with pytest.raises(ValueError, match=r'model\.to\("cuda"\)'):
         benchmark_model_precise(tiny, "cuda")
@@ -84,6 +115,8 @@ def test_least_bytes(tiny: ParScaleEAR) -> None:
     assert two - one == one - weights
     doubled = ParScaleEAR(tiny.config).double()
     assert least_bytes(doubled, 1, 64, 64) == 2 * one
+    reduction = nn.Conv2d(3, 5, kernel_size=2, stride=2, bias=False)
+    assert least_bytes(reduction, 7, 8, 6) == 4 * (7 * (3 * 8 * 6 + 5 * 4 * 3) + 3 * 5 * 2 * 2)
 
 
 def test_roof() -> None:
@@ -91,6 +124,23 @@ def test_roof() -> None:
     assert roof.flops_per_s == max(roof.gemm_flops_per_s, roof.convolution_flops_per_s)
     assert min(roof.gemm_flops_per_s, roof.convolution_flops_per_s) > 1e8
     assert roof.bytes_per_s > 1e8
+
+
+def test_a_roof_is_the_work_over_the_fastest_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[int] = []
+    moved: list[int] = []
+
+    def run(function: Callable[[], Tensor], *, device: torch.device, runs: int) -> Timings:
+        with FlopCounterMode(display=False) as counter:
+            moved.append(2 * function().nbytes)  # as much is read as is written, in a copy
+        work.append(counter.get_total_flops())
+        return Timings(np.linspace(4.0, 1.0, runs))
+
+    monkeypatch.setattr(roofline, "time_runs", run)
+    roof = measure_roof("cpu", torch.float32, runs=4)
+    assert roof.gemm_flops_per_s == pytest.approx(1000 * work[0])
+    assert roof.convolution_flops_per_s == pytest.approx(1000 * work[1])
+    assert roof.bytes_per_s == pytest.approx(1000 * moved[2])
 
 
 def test_the_better_of_two_roofs_counts() -> None:

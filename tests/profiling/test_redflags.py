@@ -76,6 +76,7 @@ def test_an_honest_set_raises_no_flag() -> None:
     [
         ("above the roof", {"token_seconds": 2.0, "scale_seconds": (0.5, 1.5)}),
         ("above the roof", {"scale_seconds": (2.7, 1.6)}),  # one scale alone
+        ("above the roof", {"flops_by_scale": (1.0e12, 1.4e12)}),  # and not the largest
         (
             "efficiency",
             {

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from parscale_ear import checkpoint
+from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.data.latents import INDEX_FILE, LatentDataset, shard_name, write_shard
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards of a latent each."""
+    digests = [
+        write_shard(tmp_path, k, torch.full((1, 4, 2, 2), float(k)), [0], [f"{k}.png"], job={})
+        for k in range(2)
+    ]
+    shards = [
+        {"file": shard_name(k), "count": 1, "sha256": digest} for k, digest in enumerate(digests)
+    ]
+    index = {"format": 1, "job": {}, "complete": True, "latent_fingerprint": "f"}
+    index |= {"mirrored": False, "classes": ["cat"], "count": 2, "shards": shards}
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_a_whole_shard_in_the_place_of_another_is_noticed(folder: Path) -> None:
+    data = LatentDataset(folder, fingerprint="f")
+    data.verify()
+    assert [(item["name"], float(item["latent"].max())) for item in (data[0], data[1])] == [
+        ("0.png", 0.0),
+        ("1.png", 1.0),
+    ]
+    (folder / shard_name(0)).write_bytes((folder / shard_name(1)).read_bytes())
+    with pytest.raises(CheckpointError, match=r"00000.*not the shard that the index names"):
+        LatentDataset(folder).verify()
+
+
+def test_a_file_of_another_kind_is_not_read_as_latents(folder: Path) -> None:
+    tensors = {"latents": torch.zeros(1, 4, 2, 2), "labels": torch.zeros(1, dtype=torch.int64)}
+    checkpoint.save(folder / shard_name(1), tensors, kind="Other", config={}, names=["1.png"])
+    data = LatentDataset(folder)
+    assert data[0]["name"] == "0.png"
+    with pytest.raises(CheckpointError, match=r"00001.*not a shard of latents"):
+        data[1]
+
+
+def test_an_index_of_another_format_is_refused(folder: Path) -> None:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    (folder / INDEX_FILE).write_text(json.dumps({**index, "format": 2}))
+    with pytest.raises(CheckpointError, match="format 2, expected 1"):
+        LatentDataset(folder)
