@@ -133,9 +133,12 @@ class TestTrain:
     def test_a_failed_start_can_be_repeated(
         self, folder_of_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        start = ["train", "autoencoder", "--out", str(tmp_path / "run"), "--images"]
+        start = ["train", "autoencoder", "--out", str(tmp_path / "run"), "--device", "cpu"]
+        start += ["--stages", "vae", "--steps", "1", "--batch", "1", "--crop", "32", "--images"]
         assert main([*start, str(tmp_path / "nothing")]) == 2
         assert not (tmp_path / "run").exists()
+        assert main([*start, str(folder_of_pictures)]) == 0
+        assert (tmp_path / "run" / "vae.safetensors").exists()
 
 
 def test_help_does_not_import_torch() -> None:

@@ -80,7 +80,10 @@ def test_tiles_with_padding_and_in_half_precision(shipped: ParScaleEAR) -> None:
         whole = shipped(x, pad=True)
         torch.testing.assert_close(shipped(x, pad=True, tile=64), whole, atol=1e-4, rtol=0)
         half = ParScaleEAR.from_pretrained(dtype=torch.bfloat16)
-        assert half(x.bfloat16(), pad=True, tile=64).shape == x.shape
+        tiled = half(x.bfloat16(), pad=True, tile=64)
+        assert tiled.dtype == torch.bfloat16
+        torch.testing.assert_close(tiled, half(x.bfloat16(), pad=True), atol=0.05, rtol=0)
+        torch.testing.assert_close(tiled.float(), whole, atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("tile", [0, -16, 8, 100, 1.5, True])

@@ -61,13 +61,17 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_no_judgement_of_these_weights_is_no_pass(
     evidence: dict[str, Any] | None, why: str
 ) -> None:
-    for target in _evidence.judged_targets(evidence, "theirs", "its"):
+    targets = _evidence.judged_targets(evidence, "theirs", "its")
+    assert len(targets) == 2
+    for target in targets:
         assert target.status == "SKIPPED"
         assert why in target.why
 
 
 def test_a_judgement_of_another_decoder_is_no_pass() -> None:
-    for target in _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's"):
+    targets = _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's")
+    assert len(targets) == 2
+    for target in targets:
         assert target.status == "SKIPPED"
         assert "another decoder" in target.why
 

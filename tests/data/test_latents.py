@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,11 @@ def test_an_index_of_another_format_is_refused(folder: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps({**index, "format": 2}))
     with pytest.raises(CheckpointError, match="format 2, expected 1"):
         LatentDataset(folder)
+
+
+def test_an_opened_dataset_travels_to_other_processes(folder: Path) -> None:
+    data = LatentDataset(folder)
+    first = data[0]  # its file is open now
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy[0]["name"] == first["name"]
+    assert torch.equal(copy[0]["latent"], first["latent"])

@@ -53,6 +53,11 @@ def test_cache_refuses_what_does_not_fit(var: VAR) -> None:
         cache.write(0, parts[:, :2, :1], parts[:, :2, :1])
     with pytest.raises(ValueError, match="in 3 layers"):
         cache.write(3, parts[:, :, :1], parts[:, :, :1])
+    for foreign in (parts[:, :1, :1], parts[:, :, :1, :1]):  # would broadcast
+        with pytest.raises(ValueError, match="do not fit"):
+            cache.write(0, foreign, foreign)
+    with pytest.raises(ValueError, match="of 2 rows"):
+        var.transformer.new_cache(2).write(0, parts[:, :, :1], parts[:, :, :1])
     assert cache.length == 0
 
 

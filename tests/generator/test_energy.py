@@ -202,3 +202,8 @@ def test_scores_are_those_of_the_heads_own_draws() -> None:
         torch.testing.assert_close(scores[..., band], expected)
         before = before.clone()
         before[..., span] = tokens[..., span]
+
+
+def test_a_target_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target\.shape\) samples, got \(2, 3, 4\) for \(4,\)"):
+        energy_score(torch.zeros(2, 3, 4), torch.zeros(4))

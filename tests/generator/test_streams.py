@@ -238,3 +238,11 @@ def test_streams_of_another_backbone_are_refused(var: VAR) -> None:
 def test_streams_on_another_device_are_refused(var: VAR) -> None:
     with pytest.raises(ValueError, match=r'on meta, the backbone on cpu; .*streams\.to\("cpu"\)'):
         var.generate([3], streams=lively_streams(var, 2).to("meta"))
+
+
+def test_one_stream_has_all_the_weight() -> None:
+    config = TransformerConfig(
+        width=32, depth=2, heads=2, counts=(1, 4), classes=3, input_channels=4
+    )
+    streams = ParallelStreams.fitting(config, 1)
+    assert torch.equal(streams.weights(torch.randn(2, 1, 5, 32)), torch.ones(2, 1, 5))

@@ -27,7 +27,9 @@ def test_wider_has_the_hybrids_parameters() -> None:
 
 def test_conditions_do_what_they_are_called() -> None:
     latent = torch.randn(2, 4, 16, 16)
-    for name, apply in comparison.conditions().items():
+    conditions = comparison.conditions()
+    assert list(conditions) == ["clean", "noise 0.1", "noise 0.2", "8 bits", "6 bits", "4 bits"]
+    for name, apply in conditions.items():
         changed = apply(latent, 3)
         assert torch.equal(changed, apply(latent, 3))  # the same for every variant
         if name == "clean":
@@ -35,6 +37,7 @@ def test_conditions_do_what_they_are_called() -> None:
         elif name.startswith("noise"):
             sigma = float(name.split()[1])
             assert (changed - latent).std().item() == pytest.approx(sigma, rel=0.1)
+            assert not torch.equal(changed, apply(latent, 4))  # other pictures, other noise
         else:
             bits = int(name.split()[0])
             assert len(changed.unique()) <= 2**bits
