@@ -230,9 +230,9 @@ def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None
         report: of M2-4, for time and memory; None: not measured in this run.
     """
     settings = evidence["settings"]
-    figures = None if report is None else report["figures"]
-    cost = ""
-    if report is not None and figures is not None:
+    figures, cost = None, ""
+    if report is not None:
+        figures = report["figures"]
         where = told(
             {**report, "dtype": "float32"}, f"{report['settings']['num_runs']} rounds in turn"
         )

@@ -117,8 +117,7 @@ def _decode_share(share: Any, progress: Progress) -> int:
             with torch.inference_mode():
                 weight = next(model.parameters())
                 latent = stacked.to(weight.device, weight.dtype)
-                enhanced = model.enhance(latent, check_finite=True)
-                images = model.decode(enhanced, clamp=True).float().cpu()
+                images = model.decode(model.enhance(latent)).float().cpu()
                 check_finite(images, "decoded pictures")
             for row, image in zip(part, images, strict=True):
                 save_png(image, paths[row])

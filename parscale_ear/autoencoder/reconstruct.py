@@ -37,9 +37,9 @@ def reconstruct_image(model: ParScaleEAR, image: Tensor, *, tile: int | None = N
     """
     weight = next(model.parameters())
     images = image[None].to(weight.device, weight.dtype)  # (1, 3, H, W)
-    restored = model(images, pad=True, tile=tile, clamp=True, check_finite=True)
-    check_finite(restored, "reconstructions")
-    return restored[0].float().cpu()  # type: ignore[no-any-return]
+    restored = model(images, pad=True, tile=tile, check_finite=True)
+    check_finite(restored, "reconstructions")  # before infinity becomes white
+    return restored[0].clamp(-1, 1).float().cpu()  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()

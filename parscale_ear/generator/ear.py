@@ -115,11 +115,17 @@ class EnergyAR(NextScaleGenerator):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(N, Z, S, S) → pictures (N, 3, 16S, 16S) in [−1, 1], in FP32."""
+        """(N, Z, S, S) → pictures (N, 3, 16S, 16S) in [−1, 1], in FP32.
+
+        Raises:
+            ValueError: no autoencoder is attached, or a picture has NaN or infinity in it.
+        """
         autoencoder = self.autoencoder
         weight = next(autoencoder.parameters())
         latents = latents.to(weight.device, weight.dtype)
-        return autoencoder.decode(autoencoder.enhance(latents)).float().clamp(-1, 1)
+        pictures = autoencoder.decode(autoencoder.enhance(latents)).float()
+        check_finite(pictures, "decoded pictures")  # before infinity becomes white
+        return pictures.clamp(-1, 1)
 
     # --- labels ---
 
@@ -343,9 +349,7 @@ class EnergyAR(NextScaleGenerator):
             mode=mode,
             callback=callback,
         )
-        pictures = self.decode(latents)
-        check_finite(pictures, "decoded pictures")
-        return self.by_stream(pictures, streams, mode)
+        return self.by_stream(self.decode(latents), streams, mode)
 
     # --- what it costs ---
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale_ear.device import check_finite
 from parscale_ear.generator.quantizer import MultiScaleQuantizer
 
 
@@ -246,11 +247,16 @@ class VQVAE(nn.Module):
         """A sum of contributions to a picture: (B, Z, h, w) → (B, 3, H, W) in [−1, 1].
 
         On the CPU a picture at a time: one fills the cores, and many would fill the memory.
+
+        Raises:
+            ValueError: a picture has NaN or infinity in it.
         """
         weight = self.post_quantizer.weight
         latent = latent.to(weight.dtype, memory_format=torch.channels_last)
         parts = latent.split(1) if latent.device.type == "cpu" else (latent,)
-        return torch.cat([self.decoder(self.post_quantizer(part)) for part in parts]).clamp_(-1, 1)
+        pictures = torch.cat([self.decoder(self.post_quantizer(part)) for part in parts])
+        check_finite(pictures, "decoded pictures")  # before infinity becomes white
+        return pictures.clamp_(-1, 1)
 
     def decode(self, tokens: Sequence[Tensor]) -> Tensor:
         """Tokens of all scales to a picture: (B, side²) a scale → (B, 3, H, W) in [−1, 1]."""

@@ -30,17 +30,9 @@ class Gaussian:
         Raises:
             ValueError: another shape, fewer than two samples, or a value that is not finite.
         """
-        x = np.asarray(features, dtype=np.float64)
-        if x.ndim != 2 or len(x) < 2:
-            raise ValueError(f"expected (N, D) with at least two samples, got {x.shape}")
-        if not np.isfinite(x).all():
-            raise ValueError("features must be finite, got NaN or infinity")
-        mean = x.mean(axis=0)
-        root = x - mean
-        root /= np.sqrt(len(x) - 1)
-        if len(root) >= root.shape[1]:  # as many samples or more: a triangular root instead
-            root = np.asarray(np.linalg.qr(root, mode="r"))
-        return cls(mean, root)
+        moments = FeatureMoments(np.shape(features)[-1] if np.ndim(features) else 0)
+        moments.add(features)
+        return moments.gaussian()
 
     def distance(self, other: Gaussian) -> float:
         """Squared Fréchet distance, at least 0.

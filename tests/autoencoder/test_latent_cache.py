@@ -320,13 +320,14 @@ def test_latents_that_are_not_finite_are_not_written(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_what_a_decoder_makes_of_nothing_is_no_black_picture(
-    classes: Path, tmp_path: Path, shipped: ParScaleEAR
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_a_decoder_makes_of_nothing_is_no_black_or_white_picture(
+    classes: Path, tmp_path: Path, shipped: ParScaleEAR, value: float
 ) -> None:
     encode_folder(find_images([classes]), tmp_path / "out", OPTIONS)
     broken = copy.deepcopy(shipped)
     assert broken.decoder.bands2.bias is not None
-    broken.decoder.bands2.bias.data[0] = torch.nan
+    broken.decoder.bands2.bias.data[:3] = value
     weights = broken.save_pretrained(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="decoded pictures were not finite"):
         decode_folder(tmp_path / "out", tmp_path / "png", weights=weights)

@@ -225,5 +225,5 @@ def test_pictures_that_are_not_finite_are_not_written(
         parameter.data.fill_(torch.nan)
     path, out = var.save_pretrained(tmp_path / "broken.safetensors"), tmp_path / "grid.png"
     assert generate("--checkpoint", path, "--class", 3, "--out", out) == 2
-    assert "the pictures were not finite" in capsys.readouterr().err
+    assert "the decoded pictures were not finite" in capsys.readouterr().err
     assert not out.exists()
