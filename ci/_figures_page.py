@@ -8,7 +8,7 @@ from typing import Any
 from ci import _common as ci
 from ci import _evidence, _generation_tables, _stream_tables
 from ci._distances import distance_head, distance_rows
-from ci._markdown import markdown, origin, told
+from ci._markdown import markdown, origin
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._tables import (
     TOKENIZER_HEAD,
@@ -16,6 +16,7 @@ from ci._tables import (
     tokenizer_rows,
     training_head,
     training_rows,
+    training_text,
 )
 from ci.validate_results import REPORTS, milestone_rows
 
@@ -209,8 +210,7 @@ def _generation(report: Mapping[str, Any]) -> list[Section]:
         lines += [
             markdown(tables.HEAD, tables.rows(judged, judged["ceiling"])),
             "",
-            f"{tables.judged_note(judged)} Data: {', '.join(judged['data'])}. On record, "
-            f"by release {judged['version']}: {told(judged)}.",
+            tables.judged_note(judged),
             "",
             markdown(tables.NEIGHBOUR_HEAD, tables.neighbour_rows(judged)),
             "",
@@ -264,15 +264,8 @@ def _training() -> list[Section]:
     if evidence is None:
         return []
     lines = [
-        f"PSNR in dB of models trained alike with and without it ({evidence['steps']:,} steps, "
-        f"{len(evidence['seeds'])} seeds), and the difference to the hybrid.",
-        "",
         markdown(training_head(evidence), training_rows(evidence)),
         "",
-        f"On record: {evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']} a step out "
-        f"of {', '.join(evidence['images'])}; {told(evidence)}. PSNR on {evidence['pictures']} "
-        f"pictures of {', '.join(evidence['validation'])}, float32. In "
-        "brackets: intervals over seeds and pictures, meant for 95 %; in simulations their formula held in "
-        "92 % (docs/experiments.md).",
+        training_text(evidence),
     ]
     return [("What the hybrid is worth", lines)]

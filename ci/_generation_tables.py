@@ -20,7 +20,7 @@ NEIGHBOUR_NOTE = (
 
 
 def judged_note(judged: Mapping[str, Any]) -> str:
-    """Who judged, and what was chosen how."""
+    """Who judged, what was chosen how, and where it was measured."""
     plain = next(
         row["accuracy"]
         for row in judged["tried_on_training"]
@@ -35,7 +35,8 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         "its last two parts, and decoders, by this one (docs/experiments.md). The distance of real "
         "pictures is that of training pictures that the autoencoder restored, whose sharp decoder "
         "was trained on them, too; as many as were drawn: it falls with their number, so only "
-        "distances of equally many compare."
+        f"distances of equally many compare. Data: {', '.join(judged['data'])}. On record, by release "
+        f"{judged['version']}: {told(judged)}."
     )
 
 

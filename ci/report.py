@@ -44,6 +44,7 @@ from ci._tables import (
     tokenizer_rows,
     training_head,
     training_rows,
+    training_text,
     trial_rows,
 )
 from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
@@ -170,18 +171,10 @@ def _training() -> list[str]:
     title = "<h2>What the hybrid is worth: trained with and without it</h2>"
     if evidence is None:
         return [title, "<p>SKIPPED: no controlled training on record.</p>"]
-    text = (
-        f"Every variant trained from fresh weights by one recipe: {evidence['steps']:,} steps of "
-        f"{evidence['crops_a_step']} crops of {evidence['crop']}×{evidence['crop']}, "
-        f"{len(evidence['seeds'])} seeds; PSNR in dB on {evidence['pictures']} pictures, also from "
-        "latents with noise and from quantised latents. Intervals: paired, over pictures and seeds, "
-        "meant for 95 %; in simulations their formula held in 92 % (docs/experiments.md). Short "
-        "trainings: they rank, they do not show the end."
-    )
     return [
         title,
         _table(training_head(evidence), training_rows(evidence)),
-        f"<p>{html.escape(text)}</p>",
+        f"<p>{html.escape(training_text(evidence))}</p>",
         _figure(training_plot(evidence["variants"]), "Difference to the hybrid; below 0: worse."),
     ]
 
