@@ -207,12 +207,12 @@ class ParScaleEAR(LiteVAE):
     ) -> Tensor:
         """``decode(enhance(encode(images).mode()))``: (B, 3, H, W) → (B, 3, H, W).
 
-        The options are those of the three; ``enhance`` always sees the whole latent, and each looks at
-        what it is given with ``check_finite``.
+        The options are those of the three; ``enhance`` always sees the whole latent, and
+        ``check_finite`` looks at the images and at the enhanced latent.
         """
         latent = self.encode(images, pad=pad, tile=tile, check_finite=check_finite).mode()
         size = (images.shape[2], images.shape[3]) if pad else None
-        latent = self.enhance(latent, branches=branches, check_finite=check_finite)
+        latent = self.enhance(latent, branches=branches)
         return self.decode(latent, size=size, tile=tile, clamp=clamp, check_finite=check_finite)
 
     def _check(

@@ -51,3 +51,13 @@ def test_one_picture_of_any_size(tiny: ParScaleEAR) -> None:
     half = reconstruct_image(tiny.bfloat16(), image)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, found, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_no_picture(tiny: ParScaleEAR, value: float) -> None:
+    assert tiny.decoder.bands2.bias is not None
+    tiny.decoder.bands2.bias.data[:3] = value
+    with pytest.raises(ValueError, match="reconstructions were not finite"):
+        reconstruct_image(tiny, torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="reconstructions were not finite"):
+        reconstruct_pictures(tiny, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
