@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from official import official_states
+from tiny_ear import CONFIG, build
 from tiny_var import KINDS, read_vectors
 from torch import Tensor
 
+from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.var import VAR
 
 
@@ -55,3 +57,9 @@ def var(load: Callable[..., VAR]) -> VAR:
 @pytest.fixture
 def vectors(kind: str) -> dict[str, Tensor]:
     return read_vectors(kind)[1]
+
+
+@pytest.fixture
+def model() -> EnergyAR:
+    """A tiny EnergyAR with weights that do something."""
+    return build(CONFIG)
