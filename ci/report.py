@@ -47,7 +47,14 @@ from ci._tables import (
     training_text,
     trial_rows,
 )
-from ci.validate_results import REPORTS, find_problems, judge, milestone_rows, read_reports
+from ci.validate_results import (
+    REPORTS,
+    find_problems,
+    judge,
+    milestone_rows,
+    read_reports,
+    short_of_full,
+)
 from parscale_ear import checkpoint
 from parscale_ear.training.ear_release import EVIDENCE_FILE, NEIGHBOURS_FILE
 
@@ -108,7 +115,7 @@ def build_html(
             ("versions", f"parscale_ear {first['version']}, torch {first['torch']}"),
             ("source", first["source_sha256"][:12]),
             ("weights", weights),
-            ("run", "quick: fewer samples, fewer verdicts" if first["quick"] else "full"),
+            ("run", _extent(reports)),
         ]
         parts.append("<h2>Where this was measured</h2>" + _table(("", ""), pairs))
     parts.append("<h2>Pictures</h2>")
@@ -373,6 +380,15 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
     ]
 
 
+def _extent(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """How much of a full run was measured."""
+    if any(report["quick"] for report in reports.values()):
+        return "quick: fewer samples, fewer verdicts"
+    if short := short_of_full(reports):
+        return f"verdicts from fewer samples than a full run's: {'; '.join(short)}"
+    return "full"
+
+
 def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], folder: Path) -> None:
     """Copies a full run's reports to docs/results.
 
@@ -383,10 +399,8 @@ def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], fold
         raise ci.UsageError(f"not kept: {problems[0]}")
     if any(report["quick"] for report in reports.values()):
         raise ci.UsageError("not kept: a --quick run is not for publishing; run bash ci/run.sh")
-    for name, full in ci.FULL.items():
-        for setting, count in full.items():
-            if (found := reports[name]["settings"][setting]) < count:
-                raise ci.UsageError(f"not kept: {name} has {setting} {found}, a full run {count}")
+    if short := short_of_full(reports):
+        raise ci.UsageError(f"not kept: fewer samples than a full run ({'; '.join(short)})")
     KEPT.mkdir(parents=True, exist_ok=True)
     for name in REPORTS:
         shutil.copyfile(folder / f"{name}.json", KEPT / f"{name}.json")

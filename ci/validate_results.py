@@ -166,6 +166,17 @@ def _ratio_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def short_of_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where less was measured than in a full run: ``fid: num_samples 14 of 280``."""
+    return [
+        f"{name}: {setting} {found:,} of {count:,}"
+        for name, full in ci.FULL.items()
+        if name in reports
+        for setting, count in full.items()
+        if (found := reports[name]["settings"][setting]) < count
+    ]
+
+
 def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The milestone table: milestone, target, value, limit, status, remark."""
     rows = []
@@ -211,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = {ci.PASSED: "PASS", ci.MISSED: "MISSED", ci.WRONG: "UNUSABLE"}
     for problem in problems:
         print(f"problem: {problem}")
+    if short := short_of_full(reports):
+        print(f"fewer samples than a full run: {'; '.join(short)}")
     print(
         f"\n{words[code]}: {counts['PASS']} passed, {counts['MISSED']} missed, "
         f"{counts['SKIPPED']} SKIPPED (a skipped check is not a passed one)"
@@ -220,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": words[code],
         "counts": counts,
         "problems": problems,
+        "fewer_samples_than_a_full_run": short,
         "milestones": {REPORTS[name]: report["verdict"] for name, report in reports.items()},
     }
     checkpoint.write_text(arguments.output, json.dumps(summary, indent=1) + "\n")

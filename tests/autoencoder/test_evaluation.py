@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from parscale_ear.autoencoder import evaluation
 from parscale_ear.autoencoder.evaluation import EvaluationOptions, evaluate
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
@@ -47,6 +50,18 @@ def test_two_processes_give_the_same(folder_of_pictures: Path) -> None:
     for key in ("psnr_db", "ssim", "haarpsi", "frechet_distance"):
         assert two[key] == pytest.approx(one[key], rel=1e-4)
     assert (one["processes"], two["processes"]) == (1, 2)
+
+
+def test_speed_is_of_the_pictures_behind_the_first_batch(
+    folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clock that is read before and after every batch, half a second apart.
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 0.5).__next__)
+    monkeypatch.setattr(evaluation, "time", clock)
+    refs = find_images([folder_of_pictures])
+    assert len(refs) == 6
+    assert evaluate(refs, OPTIONS)["images_per_s"] == pytest.approx(2 / 0.5)
+    assert evaluate(refs[:4], OPTIONS)["images_per_s"] is None  # one batch: it warms up
 
 
 def test_ms_ssim_where_it_fits(photographs: torch.Tensor, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from parscale_ear.autoencoder import latent_cache
 from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.latent_cache import (
     CacheOptions,
@@ -388,6 +391,51 @@ def test_what_was_done_before_counts_as_done(classes: Path, tmp_path: Path) -> N
     result = encode_folder(refs, tmp_path / "out", OPTIONS, progress=done.append)
     assert sum(done) == len(refs)
     assert 0 < result.encoded < result.pictures == 12
+
+
+def test_waiting_for_pictures_is_told_from_the_models_work(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for 3 s a batch of pictures, 1 s a batch of latents."""
+    now = [0.0]
+    read, encode, write = (
+        latent_cache.read_batches, latent_cache.encode_pictures, latent_cache.store.write_shard,
+    )  # fmt: skip
+
+    def later(seconds: float) -> None:
+        now[0] += seconds
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        for found in read(*arguments, **options):
+            later(3)
+            yield found
+
+    monkeypatch.setattr(latent_cache, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(latent_cache, "read_batches", slowly)
+    monkeypatch.setattr(latent_cache, "encode_pictures", lambda *a: (later(1), encode(*a))[1])
+    monkeypatch.setattr(
+        latent_cache.store, "write_shard", lambda *a, **o: (later(100), write(*a, **o))[1]
+    )  # which is neither
+    (classes / "cat" / "07.png").unlink()  # a damaged one
+    batches = 2 + 1  # 8 pictures in shards of 5, in batches of 4
+    result = encode_folder(find_images([classes / "cat"]), tmp_path / "out", OPTIONS)
+    assert result.encoded == 8
+    assert result.reading == pytest.approx(3 / 4)
+    assert result.seconds == pytest.approx(batches * 4 + 2 * 100)
+
+
+def test_unfinished_files_of_killed_jobs_go_and_keep_nobody_out(
+    classes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    part = out / f".{shard_name(0)}.123.part"
+    part.write_bytes(b"half")
+    refs = find_images([classes])
+    encode_folder(refs, out, OPTIONS, rank=0, world=2)
+    assert part.exists()  # the other job may be writing it
+    encode_folder(refs, out, OPTIONS, rank=1, world=2)
+    assert sorted(p.name for p in out.iterdir()) == [INDEX_FILE, *map(shard_name, range(3))]
 
 
 @pytest.mark.parametrize(("reading", "bound_by"), [(0.9, "reading pictures"), (0.1, "the model")])

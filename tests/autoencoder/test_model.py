@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from parscale_ear.autoencoder.blocks import conv_flops
+from parscale_ear.autoencoder.blocks import BottleneckBlock, ResidualBlock, conv_flops
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.litevae import LiteVAE, LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.autoencoder.posterior import LatentPosterior
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
 
@@ -95,6 +96,18 @@ class TestShapes:
         assert model.enhance(latent) is latent
 
 
+@pytest.mark.parametrize("kind", [ResidualBlock, BottleneckBlock])
+def test_fresh_blocks_are_nearly_the_identity(
+    kind: type[ResidualBlock] | type[BottleneckBlock],
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 16, 16)
+    with torch.no_grad():
+        added = kind(64)(x) - x
+        varying = added - added.mean((0, 2, 3), keepdim=True)  # without the bias
+    assert 0.001 < float(varying.norm() / x.norm()) < 0.02
+
+
 class TestPosterior:
     def test_normalisation_moves_latents_not_pictures(self, tiny: ParScaleEAR) -> None:
         plain = ParScaleEAR(
@@ -135,6 +148,19 @@ class TestPosterior:
         torch.testing.assert_close(sample.mean(0), posterior.mean[0], atol=0.05, rtol=0)
         deviation = (0.5 * posterior.log_variance[0]).exp()
         torch.testing.assert_close(sample.std(0), deviation, atol=0, rtol=0.03)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_has_the_same_noise_and_kl_in_fp32(self, dtype: torch.dtype) -> None:
+        mean, log_variance = images(2, 4, 2, 2).to(dtype), images(2, 4, 2, 2).to(dtype) - 8
+        shift, scale = torch.full((4, 1, 1), 30.0), torch.full((4, 1, 1), 20.0)
+        half = LatentPosterior(mean, log_variance, shift.to(dtype), scale.to(dtype))
+        whole = LatentPosterior(mean.float(), log_variance.float(), shift, scale)
+        assert half.kl().dtype == torch.float32
+        assert torch.equal(half.kl(), whole.kl())
+        samples = [p.sample(torch.Generator().manual_seed(1)) for p in (half, whole)]
+        assert samples[0].dtype == dtype
+        error = (samples[0].float() - samples[1]).abs().max()
+        assert error < 4 * torch.finfo(dtype).eps  # values are below 4
 
     def test_a_generator_decides_the_sample(self, tiny: ParScaleEAR) -> None:
         posterior = tiny.encode(images(1, 3, 32, 32))

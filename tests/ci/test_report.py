@@ -120,8 +120,11 @@ def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_pat
         ci.report.keep(quick, [], tmp_path)
     few = {name: {**report} for name, report in kept.items()}
     few["latency"]["settings"] = {**few["latency"]["settings"], "num_runs": 99}
-    with pytest.raises(_common.UsageError, match="latency has num_runs 99, a full run 100"):
+    with pytest.raises(_common.UsageError, match=r"a full run \(latency: num_runs 99 of 100"):
         ci.report.keep(few, [], tmp_path)
+    assert "full run&#x27;s: latency: num_runs 99 of 100" in ci.report.build_html(
+        few, [], torch.device("cpu")
+    )
 
 
 def test_a_judgement_of_other_weights_is_nowhere_shown(

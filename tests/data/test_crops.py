@@ -131,6 +131,30 @@ def test_a_picture_that_cannot_be_decoded_is_replaced(
     assert caplog.text.count("3.png") == 1
 
 
+def test_decoded_pictures_are_kept_as_far_as_the_memory_goes(
+    folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = find_images([folder_of_pictures])
+    sizes = scan_sizes(refs)
+    decoded: list[str] = []
+    load = ImageRef.load
+    monkeypatch.setattr(ImageRef, "load", lambda ref: (decoded.append(ref.name), load(ref))[1])
+
+    def drawn(gib: float) -> list[str]:
+        decoded.clear()
+        crops = RandomCrops(refs, side=96, cache_gib=gib, sizes=sizes)
+        crops.batch(0, 64)
+        return list(decoded)
+
+    whole = sum(3 * width * height for width, height in sizes)  # type: ignore[misc]
+    none, all_, half = drawn(0), drawn(whole / 2**30), drawn(whole / 2 / 2**30)
+    assert len(none) == 64
+    assert sorted(all_) == sorted(set(none))
+    kept = {name for name in half if half.count(name) == 1}
+    assert 1 <= len(kept) < len(set(none))  # once decoded, once for all
+    assert all(none.count(name) == half.count(name) for name in set(none) - kept)
+
+
 def test_nothing_usable(folder_of_pictures: Path) -> None:
     with pytest.raises(ImageError, match="none of the 6 pictures"):
         RandomCrops(find_images([folder_of_pictures]), side=256)

@@ -93,6 +93,15 @@ def test_without_a_split_it_is_the_training_pictures(tmp_path: Path) -> None:
     assert ref.label == "7"  # its number, as there are no names
 
 
+def test_a_test_sets_missing_labels_are_none(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = {"image": [{"bytes": b"x", "path": None}] * 2, "label": [-1, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    assert [ref.label for ref in find_images([f"hf:{tmp_path}/saved"])] == ["", "dog"]
+
+
 def test_pictures_that_lie_beside_a_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

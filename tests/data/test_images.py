@@ -360,6 +360,20 @@ def test_linked_class_folders_are_searched_and_loops_are_not(
     assert "back: links to a folder that it lies in" in caplog.text
 
 
+def test_squares_without_the_damaged_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("0", "2"):
+        gradient().save(tmp_path / f"{name}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    squares = images.load_squares(find_images([tmp_path]), 16)
+    assert squares.shape == (2, 3, 16, 16)
+    assert squares.dtype == torch.uint8
+    assert "1.png" in caplog.text
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(ImageError, match="none of the pictures can be read"):
+        images.load_squares(find_images([tmp_path]), 16)
+
+
 def test_namesakes_get_the_next_free_number() -> None:
     namer = images.Namer()
     given = [namer(name) for name in ("a", "a_2", "A", "a", "b", "a_2", "a")]

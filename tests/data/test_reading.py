@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from parscale_ear.data.images import ImageError, ImageRef
-from parscale_ear.data.reading import read_batches
+from parscale_ear.data.reading import read_batches, read_squares
 
 
 class Ref:
@@ -53,3 +53,19 @@ def test_pictures_of_the_next_group_are_read_meanwhile() -> None:
     assert next(batches)[0] == 1
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_whoever_stops_early_leaves_the_rest_unread() -> None:
+    begun, go_on = [], threading.Event()
+
+    def wait() -> None:
+        begun.append(1)
+        assert go_on.wait(60)
+
+    refs = [cast(ImageRef, Ref(0)), *(cast(ImageRef, Ref(k, wait)) for k in range(1, 40))]
+    squares = read_squares(refs, 16, readers=0, ahead=30)  # fewer than one thread is one
+    ref, _ = next(squares)
+    assert ref is refs[0]
+    threading.Timer(0.2, go_on.set).start()
+    squares.close()  # type: ignore[attr-defined]
+    assert len(begun) <= 1  # what was being read, and none of the 29 behind it

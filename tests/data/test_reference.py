@@ -43,6 +43,12 @@ def test_both_motorcycles_are_one_scene() -> None:
     assert len(cluster) == 1
 
 
+def test_pictures_of_a_directory_are_scenes_of_their_own(folder_of_pictures: Path) -> None:
+    found = load_reference(5, directory=folder_of_pictures)
+    assert found.clusters == (0, 1, 2, 3, 4)
+    assert found.as_dict()["scenes"] == 5
+
+
 def test_a_changed_photograph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     package, name, scene, _ = reference.WHEEL_PHOTOGRAPHS[0]
     monkeypatch.setattr(reference, "WHEEL_PHOTOGRAPHS", ((package, name, scene, "0" * 16),))

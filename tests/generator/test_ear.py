@@ -341,6 +341,26 @@ def test_bad_config(field: str, value: object) -> None:
         EARConfig(**{**CONFIG.__dict__, field: value})
 
 
+def test_what_the_weights_recommend_is_taken_where_nothing_is_said(model: EnergyAR) -> None:
+    model.recommended = {"guidance": 3.0, "temperature": 0.5}
+
+    def draw(**options: float) -> torch.Tensor:
+        return model.generate_latents([0, 2], generator=seeded(), **options)
+
+    assert torch.equal(draw(), draw(guidance=3.0, temperature=0.5))
+    assert not torch.equal(draw(), draw(guidance=0.0))
+    assert not torch.equal(draw(), draw(temperature=1.0))
+
+
+def test_parameters_are_counted_apart(model: EnergyAR) -> None:
+    counts = model.parameter_count()
+    own = {
+        name: sum(p.numel() for p in model.get_submodule(name).parameters())
+        for name in ("transformer", "head")
+    }
+    assert counts == {**own, "total": sum(p.numel() for p in model.parameters())}
+
+
 def test_draws_with_gradient_are_the_plain_draws(model: EnergyAR) -> None:
     plain = model.generate_latents([0, 2], guidance=0, generator=seeded())
     taped = model.draw_with_gradient(torch.tensor([0, 2]), generator=seeded())

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import hashlib
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from parscale_ear.data.images import from_uint8, resize_and_crop, to_tensor, to_uint8
 from parscale_ear.data.reference import wheel_photographs
+from parscale_ear.metrics import features
 from parscale_ear.metrics.features import (
     INCEPTION_FILE,
     EfficientNetLite,
     FeatureError,
+    ForeignWeightsError,
     Inception,
     inception_weights,
     load_extractor,
@@ -139,6 +143,59 @@ class TestInception:
         assert "--inception-weights" in caplog.text
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
         assert socket.getdefaulttimeout() == patience  # of whatever else uses the network
+
+    def test_a_download_is_checked_and_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        content = b"the weights"
+        name = f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+        monkeypatch.setattr(features, "INCEPTION_FILE", name)
+        sent = [content[:-1], content]  # the first one is cut off
+        cached = tmp_path / "hub" / "checkpoints" / name
+
+        def download(url: str, path: str, **_: object) -> None:
+            assert not cached.exists()  # until it is known to be whole
+            Path(path).write_bytes(sent.pop(0))
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+        with pytest.raises(ForeignWeightsError, match="not pytorch-fid's"):
+            inception_weights()
+        assert list(cached.parent.iterdir()) == []
+        assert inception_weights() == inception_weights() == cached  # fetched once
+        assert cached.read_bytes() == content
+        assert list(cached.parent.iterdir()) == [cached]
+
+    def test_features_are_those_that_pytorch_fid_takes(
+        self, photographs: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With weights that are drawn, as the published ones are not at hand."""
+        from pytorch_fid import inception
+        from torchvision.models import Inception3
+
+        with monkeypatch.context() as patch:
+            patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+            patch.setattr(Inception3, "load_state_dict", lambda *_: None)
+            torch.manual_seed(0)
+            net = inception.fid_inception_v3()
+        for convolution in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(convolution.weight)  # so that much is left of a picture
+        state = net.state_dict()
+        torch.save(state, tmp_path / "weights.pth")
+        with monkeypatch.context() as patch:
+            patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
+            theirs = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+        monkeypatch.setattr(features, "_check_digest", lambda weights: None)
+        loader = inception.load_state_dict_from_url
+        ours = Inception(tmp_path / "weights.pth")
+        assert inception.load_state_dict_from_url is loader  # for whoever else uses it
+        found = ours(photographs[:2])
+        with torch.inference_mode():
+            expected = theirs(photographs[:2] / 255)[0].flatten(1)
+        assert found.shape == (2, ours.dimensions)
+        assert float((found[0] - found[1]).abs().max()) > 0.01
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ours.logits(found), found @ state["fc.weight"].T)  # no bias
 
     def test_a_damaged_file_in_the_cache_is_told_as_such(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.profiling import roofline
+from parscale_ear.profiling import memory, roofline
 from parscale_ear.profiling.latency import (
     Timings,
     benchmark_model_precise,
@@ -156,6 +156,15 @@ def test_no_peak_memory_on_the_cpu() -> None:
     with peak_memory_mib("cpu") as peak:
         pass
     assert peak == [None]
+
+
+def test_where_the_system_does_not_tell_resident_memory_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "nothing" / "clear_refs")
+    with memory.peak_resident_memory() as found:
+        torch.ones(2**20)
+    assert (found.before, found.peak) == (None, None)
 
 
 RESIDENT = """

@@ -61,6 +61,18 @@ def test_scales_count_alike_where_asked(recipe: EARRecipe, tmp_path: Path) -> No
     assert float(by_scale.detach()) != pytest.approx(float(by_token.detach()), rel=1e-3)
 
 
+def test_muon_gets_the_blocks_and_no_tables(recipe: EARRecipe, tmp_path: Path) -> None:
+    made = Made(recipe, tmp_path)
+    tables = {id(p) for p in made.task.elementwise()}
+    matrices = {name: p for name, p in made.model.named_parameters() if p.ndim > 1}
+    theirs = {name for name, p in matrices.items() if id(p) not in tables}
+    maps = {
+        name for name in matrices
+        if ".blocks." in name or "modulation" in name or name == "head.hidden.weight"
+    }  # fmt: skip
+    assert theirs == maps
+
+
 def test_tokens_are_scored_as_the_recipe_says(
     recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,6 +248,18 @@ def test_straight_through_gradient_and_quantisers_loss() -> None:
     assert bool(latent.grad.any())
 
 
+def test_the_quantisers_loss_is_that_of_the_paper() -> None:
+    """One scale: squared error to the nearest vector, and a quarter of it for the encoder."""
+    vqvae = VQVAE(VQVAEConfig(vocabulary=8, latent_channels=4, width=8, multipliers=(1, 1),
+                              blocks=1, groups=8, sides=(2,)))  # fmt: skip
+    latent = torch.randn(3, 4, 2, 2, requires_grad=True)
+    total, loss = vqvae.quantizer.quantise(latent)
+    error = total.detach() - latent.detach()
+    assert float(loss.detach()) == pytest.approx(1.25 * float(error.square().mean()), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(latent.grad, -0.25 * 2 * error / error.numel())
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
