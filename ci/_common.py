@@ -28,7 +28,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError
-from parscale_ear.device import UsageError, resolve_device
+from parscale_ear.device import UsageError, exact_fp32, resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.metrics.generation import shipped_statistics
@@ -46,6 +46,7 @@ FULL = {  # report → settings of a full run: how much is measured
     "streams": {"num_runs": 4},
     "generation": {"num_samples": 256},
 }
+FULL_DEPTH, FULL_STREAMS = 16, (1, 2, 4)  # of the VAR that M2-4 measures, untrained; P
 REPORTS = {  # file → milestone, in the order of the table
     "sanity": "M2-1",
     "latency": "M2-2",
@@ -289,7 +290,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
     """
     name = Path(sys.argv[0]).name
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_fp32():
             return main(None)
     except (
         UsageError,
@@ -312,6 +313,8 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
 __all__ = [
     "EVIDENCE",
     "FULL",
+    "FULL_DEPTH",
+    "FULL_STREAMS",
     "MISSED",
     "PASSED",
     "REPORTS",

@@ -15,11 +15,10 @@ from torch import Tensor
 from ci import _common as ci
 from parscale_ear.data.reference import ReferenceSet
 from parscale_ear.metrics.features import FeatureExtractor
-from parscale_ear.metrics.frechet import clustered_bootstrap, frechet_distance
+from parscale_ear.metrics.frechet import GROUPS, clustered_jackknife, frechet_distance
 from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
 
 BATCH_SIZE = 16
-REPEATS = 200  # of the bootstrap
 METRICS = ("distance", *SIMILARITIES)
 LABELS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "haarpsi": "HaarPSI"}
 DIGITS = {"distance": 2, "psnr_db": 2, "ssim": 4, "ms_ssim": 4, "haarpsi": 4}
@@ -50,7 +49,7 @@ def compare(
         variants: name → reconstructions, (N, 3, H, W), 8-bit.
         extractor: for the distance.
         against: name → the variant that it is compared with.
-        seed: of the bootstrap's draws.
+        seed: of the intervals' groups.
 
     Returns:
         ``{"variants": {name: {metric: interval}}, "differences": {name: {metric: interval}}}``,
@@ -78,10 +77,8 @@ def compare(
         relative = [row[0] / base[0] - 1 if base[0] > 0 else float("nan") for row, base in pairs]
         return [*chain(*figures, *differences, relative)]
 
-    with ci.progress(REPEATS, "bootstrap") as advance:
-        intervals = clustered_bootstrap(
-            statistics, reference.clusters, repeats=REPEATS, seed=seed, progress=advance
-        )
+    with ci.progress(min(GROUPS, len(set(reference.clusters))), "intervals") as advance:
+        intervals = clustered_jackknife(statistics, reference.clusters, seed=seed, progress=advance)
     flat = [interval.as_dict() for interval in intervals]
     width = len(METRICS)
     count = len(names) + len(against)

@@ -31,6 +31,7 @@ LEVEL = 0.95  # of the interval over seeds
 SAME_TIME = 0.02  # part by which trainings of the same time may differ: a last step's length
 LEAST_ACCURACY = 0.4  # of drawn pictures in their own class among the ten
 LEAST_APART = 0.9  # of held-out real pictures' distance to the nearest training picture
+LEAST_MANY_SIDED = 0.8  # of what real pictures of a class have
 VERDICTS = {  # variant → what its difference to the hybrid tells
     "LiteVAE": "LiteVAE alone − hybrid, trained alike",
     "LiteVAE, wider": "as many parameters in wider layers − hybrid, trained alike",
@@ -120,7 +121,7 @@ def shipped_judgement(path: Path | None = None) -> tuple[dict[str, Any] | None, 
 
 
 def judged_targets(
-    evidence: Mapping[str, Any] | None, weights: str, decoder: str
+    evidence: Mapping[str, Any] | None, weights: str, decoder: str, *, quick: bool
 ) -> list[ci.Target]:
     """Whether the shipped generator met its bars when it was judged on the validation pictures.
 
@@ -128,11 +129,19 @@ def judged_targets(
         evidence: what ``ear_release`` wrote.
         weights: SHA-256 of the weights that ship.
         decoder: SHA-256 of the decoder that ships for what they draw.
+        quick: whether this is a quick run, which measures none of it and gives no verdict.
     """
     accuracy = "judged pictures put into their own class"
     apart = "nearest 1 % to a training picture: drawn over held-out real pictures, distance"
-    limits = {accuracy: f"≥ {LEAST_ACCURACY}", apart: f"≥ {LEAST_APART}"}
-    why = foreign(evidence, weights, decoder)
+    other = "nearest other picture of the class: drawn over held-out real pictures, distance"
+    dimensions = "effective dimensions of a class: drawn over held-out real pictures"
+    limits = {
+        accuracy: f"≥ {LEAST_ACCURACY}",
+        apart: f"≥ {LEAST_APART}",
+        other: f"≥ {LEAST_MANY_SIDED}",
+        dimensions: f"≥ {LEAST_MANY_SIDED}",
+    }
+    why = "judged in a full run only" if quick else foreign(evidence, weights, decoder)
     if why or evidence is None:
         return [ci.skipped(name, why, limit) for name, limit in limits.items()]
     row, ceiling = evidence["class_accuracy"], evidence["ceiling"]["class_accuracy"]["value"]
@@ -141,10 +150,21 @@ def judged_targets(
         f"{evidence['pictures']:,} pictures, 95 % interval {row['low']:.3f} to {row['high']:.3f}; "
         f"real ones through the autoencoder {ceiling:.3f}"
     )
+    alike, sides = evidence["nearest_of_its_class"], evidence["effective_dimensions"]
+    ratio = alike["drawn"]["q0.5"] / alike["held_out"]["q0.5"]
     return [
         ci.at_least(accuracy, row["value"], LEAST_ACCURACY, why=said),
         ci.at_least(apart, near["drawn"] / near["held_out"], LEAST_APART),
+        ci.at_least(other, ratio, LEAST_MANY_SIDED, why="medians; lower: it repeats itself"),
+        ci.at_least(dimensions, sides["drawn"] / sides["held_out"], LEAST_MANY_SIDED),
     ]
+
+
+def interval_method(evidence: Mapping[str, Any]) -> str:
+    """How intervals over pictures were made, for a reader."""
+    if evidence.get("intervals") == "jackknife":
+        return "jackknife over pictures"
+    return "bootstrap over pictures, which makes those of distances up to twice as wide as they ought to be"
 
 
 def head_targets(

@@ -27,7 +27,8 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         if (row["guidance"], row["temperature"]) == (0, 1)
     )
     return (
-        "Judged by EfficientNet-Lite1, which takes no part in any training here; the class is the "
+        "Judged by EfficientNet-Lite1, which takes no part in any training here (a larger sibling of Lite0, "
+        "which does, trained on the same classes: not an unrelated judge); the class is the "
         "likeliest of the ten. Guidance and temperature were chosen by the same judge, from its "
         "distance to the training pictures and its classes: without guidance, at temperature 1, "
         f"{plain:.1%} of the pictures were put into their own class. What was tried on the way to "
@@ -35,7 +36,8 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         "its last two parts, and decoders, by this one (docs/experiments.md). The distance of real "
         "pictures is that of training pictures that the autoencoder restored, whose sharp decoder "
         "was trained on them, too; as many as were drawn: it falls with their number, so only "
-        f"distances of equally many compare. Data: {', '.join(judged['data'])}. On record, by release "
+        f"distances of equally many compare. Its interval: "
+        f"{_evidence.interval_method(judged)}. Data: {', '.join(judged['data'])}. On record, by release "
         f"{judged['version']}: {told(judged)}."
     )
 
@@ -90,7 +92,7 @@ def neighbour_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "nearest_training_picture": "training picture",
         "nearest_of_its_class": f"other of its kind and class (of {judged['nearest_of_its_class']['pictures']:,})",
     }
-    return [
+    rows = [
         (
             f"{kind}: {name}",
             f"{judged[part]['drawn'][key]:.2f}",
@@ -99,6 +101,10 @@ def neighbour_rows(judged: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for part, kind in kinds.items()
         for key, name in names.items()
     ]
+    if nearest := judged.get("nearest_is_from_training"):
+        by_chance = f"{nearest['by_chance']:.1%} of these pictures are"
+        rows.append(("nearest of all real pictures is a training one", _share(nearest), by_chance))
+    return rows
 
 
 HEADS_HEAD = (
@@ -154,8 +160,8 @@ def head_text(evidence: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"The same trunk from the same fresh weights, {length} each, batches of {first['batch']}; guidance and temperature chosen for "
         f"each on the training pictures; {first['pictures']:,} pictures through the sharp decoder of "
-        f"the release named, {first['distance_name']} to the validation pictures, its interval over "
-        f"pictures. One learning rate for all. {''.join(differences)}Own loss on the validation "
+        f"the release named, {first['distance_name']} to the validation pictures, its interval by "
+        f"{_evidence.interval_method(first)}. One learning rate for all. {''.join(differences)}Own loss on the validation "
         f"latents after so many minutes on tokens: {each}. On record, {origins}; judged in float32."
     )
 

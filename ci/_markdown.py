@@ -13,7 +13,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def told(report: Mapping[str, Any], samples: str = "") -> str:
-    """Hardware, dtype, sample count, version of torch and date of a report.
+    """Hardware, dtype, sample count, version of torch and date; of a run's report its release, too.
 
     Evidence of early releases does not say all of it; what is not known is left out.
     """
@@ -23,6 +23,7 @@ def told(report: Mapping[str, Any], samples: str = "") -> str:
         None if threads is None else f"{threads} thread{'s' if threads > 1 else ''}",
         report.get("dtype"),
         samples,
+        f"release {report['version']}" if "milestone" in report else None,
         f"torch {report['torch']}" if "torch" in report else None,
         report.get("date", "")[:10],
     )

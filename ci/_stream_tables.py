@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ci import _common as ci
+from ci import _evidence
 from ci._markdown import told
 
 SCALES_TITLE = "Milliseconds by scale"
@@ -250,8 +251,8 @@ def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None
         f"temperature {settings['temperature']:g} (the same for all, chosen on training pictures) "
         f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
-        f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, bootstrap "
-        f"over pictures. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
+        f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, "
+        f"{_evidence.interval_method(evidence)}. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
         f"{told(evidence)}.{cost} {_ear_verdict(evidence, figures)}"
     )
 

@@ -176,8 +176,9 @@ def _targets(result: dict[str, Any], mode: str, *, quick: bool = False) -> list[
             why = "Lite0 took part in the sharp decoder's training"
             targets.append(ci.skipped(lowered, why, f"≤ {-LEAST_LOWERED:g}"))
         else:
-            value = result["differences"]["sharp"]["relative_distance"]["value"]
-            targets.append(ci.at_most(lowered, value, -LEAST_LOWERED))
+            row = result["differences"]["sharp"]["relative_distance"]
+            why = f"95 % interval over scenes {row['low']:+.3f} to {row['high']:+.3f}"
+            targets.append(ci.at_most(lowered, row["value"], -LEAST_LOWERED, why=why))
     psnr = result["variants"]["sharp"]["psnr_db"]["value"]
     return [
         *targets,

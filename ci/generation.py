@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _evidence.read(_evidence.JUDGED),
             weights,
             checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
+            quick=arguments.quick,
         ),
         *_evidence.head_targets(
             _evidence.head_comparisons(_evidence.HEADS),

@@ -53,7 +53,7 @@ from ci.validate_results import (
     judge,
     milestone_rows,
     read_reports,
-    short_of_full,
+    unlike_full,
 )
 from parscale_ear import checkpoint
 from parscale_ear.training.ear_release import EVIDENCE_FILE, NEIGHBOURS_FILE
@@ -136,7 +136,7 @@ def build_html(
             _figure(
                 ablation_plot(reports["ablation"]["figures"]),
                 "What switching a branch off in the trained model changes, with 95 % intervals "
-                "(bootstrap over photographs). It shows whether a branch is used, not what it is "
+                "(jackknife over photographs). It shows whether a branch is used, not what it is "
                 "worth.",
             )
         )
@@ -287,7 +287,7 @@ def _generation(
         _table(tables.HEAD, tables.rows(figures, ceiling)),
         *(f"<p>{html.escape(note)}</p>" for note in tables.generation_notes(figures)),
         _table(tables.CLASS_HEAD, tables.class_rows(figures)),
-        "<h3>Judged once, on more pictures</h3>",
+        "<h3>Judged on more pictures, before they shipped</h3>",
     ]
     judged, why = _evidence.shipped_judgement()
     if judged is None:
@@ -372,7 +372,7 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
     return [
         f"<h2>{html.escape(title)}</h2>",
         _table(distance_head(figures), distance_rows(figures)),
-        f"<p>95 % intervals by bootstrap over {reference['scenes']} scenes; "
+        f"<p>95 % intervals by jackknife over {reference['scenes']} scenes; "
         f"{html.escape(reference['source'])}. Two halves of the originals are "
         f"{figures['reference_distance']:.1f} apart.</p>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes if note),
@@ -384,8 +384,8 @@ def _extent(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """How much of a full run was measured."""
     if any(report["quick"] for report in reports.values()):
         return "quick: fewer samples, fewer verdicts"
-    if short := short_of_full(reports):
-        return f"verdicts from fewer samples than a full run's: {'; '.join(short)}"
+    if unlike := unlike_full(reports):
+        return f"other than a full run: {'; '.join(unlike)}"
     return "full"
 
 
@@ -399,8 +399,8 @@ def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], fold
         raise ci.UsageError(f"not kept: {problems[0]}")
     if any(report["quick"] for report in reports.values()):
         raise ci.UsageError("not kept: a --quick run is not for publishing; run bash ci/run.sh")
-    if short := short_of_full(reports):
-        raise ci.UsageError(f"not kept: fewer samples than a full run ({'; '.join(short)})")
+    if unlike := unlike_full(reports):
+        raise ci.UsageError(f"not kept: other than a full run ({'; '.join(unlike)})")
     KEPT.mkdir(parents=True, exist_ok=True)
     for name in REPORTS:
         shutil.copyfile(folder / f"{name}.json", KEPT / f"{name}.json")
@@ -426,8 +426,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kept in {KEPT.relative_to(ci.ROOT)}")
     if arguments.readme:
         kept, missing = read_reports(KEPT)
+        missing += find_problems(kept, weights=ci.weights_digest())
         if missing:
-            raise ci.UsageError(missing[0])
+            raise ci.UsageError(f"not written: in docs/results: {missing[0]}")
         write_documents(kept)
         print("wrote the figures of README.md and docs/, and docs/pictures")
         if not reports:

@@ -18,6 +18,8 @@ import torch
 from ci import _common as ci
 from ci._streams import measurement_of
 from parscale_ear import checkpoint
+from parscale_ear.device import DTYPES, default_dtype
+from parscale_ear.generator.ear import shipped_generator
 from parscale_ear.profiling.redflags import find_red_flags
 
 REPORTS = ci.REPORTS
@@ -166,15 +168,38 @@ def _ratio_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def short_of_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Where less was measured than in a full run: ``fid: num_samples 14 of 280``."""
-    return [
-        f"{name}: {setting} {found:,} of {count:,}"
+def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was not measured as a full run does: ``fid: num_samples 14 of 280``."""
+    found = [
+        f"{name}: {setting} {counted:,} of {count:,}"
         for name, full in ci.FULL.items()
         if name in reports
         for setting, count in full.items()
-        if (found := reports[name]["settings"][setting]) < count
+        if (counted := reports[name]["settings"][setting]) < count
     ]
+    found += [f"{name}: seed {r['seed']}" for name, r in reports.items() if r["seed"] != 0]
+    if "streams" in reports:
+        figures = reports["streams"]["figures"]
+        if figures["trained"] or figures["model"] != f"VAR-d{ci.FULL_DEPTH}":
+            kind = "trained" if figures["trained"] else "untrained"
+            found.append(
+                f"streams: {kind} {figures['model']} instead of untrained VAR-d{ci.FULL_DEPTH}"
+            )
+        if missing := sorted(set(ci.FULL_STREAMS) - set(reports["streams"]["settings"]["counts"])):
+            found.append(f"streams: without P = {', '.join(map(str, missing))}")
+    if "generation" in reports:
+        recommended = checkpoint.load(shipped_generator())[1]["recommended"]
+        found += [
+            f"generation: {name} {value:g} instead of {recommended[name]:g}"
+            for name, value in reports["generation"]["figures"]["settings"].items()
+            if value != recommended[name]
+        ]
+    if "latency" in reports:
+        report = reports["latency"]
+        usual = DTYPES[default_dtype(torch.device(report["device_type"]))]
+        if report["dtype"] != str(usual).removeprefix("torch."):
+            found.append(f"latency: in {report['dtype']}")
+    return found
 
 
 def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -222,8 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = {ci.PASSED: "PASS", ci.MISSED: "MISSED", ci.WRONG: "UNUSABLE"}
     for problem in problems:
         print(f"problem: {problem}")
-    if short := short_of_full(reports):
-        print(f"fewer samples than a full run: {'; '.join(short)}")
+    if unlike := unlike_full(reports):
+        print(f"other than a full run: {'; '.join(unlike)}")
     print(
         f"\n{words[code]}: {counts['PASS']} passed, {counts['MISSED']} missed, "
         f"{counts['SKIPPED']} SKIPPED (a skipped check is not a passed one)"
@@ -233,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verdict": words[code],
         "counts": counts,
         "problems": problems,
-        "fewer_samples_than_a_full_run": short,
+        "other_than_a_full_run": unlike,
         "milestones": {REPORTS[name]: report["verdict"] for name, report in reports.items()},
     }
     checkpoint.write_text(arguments.output, json.dumps(summary, indent=1) + "\n")

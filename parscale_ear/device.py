@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -37,6 +39,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: only cpu and cuda are supported")
     return device
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Within it FP32 on CUDA is FP32: PyTorch lets cuDNN's convolutions round to TF32 otherwise."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -119,7 +119,7 @@ class TestTrain:
             (["nothing"], "no such file or folder"),
             ([str(folder_of_pictures), "--crop", "50"], "crop must be a multiple of 16"),
             ([str(folder_of_pictures), "--minutes", "-1"], "above 0"),
-            ([str(folder_of_pictures), "--seed", str(2**63)], "below 2^63"),
+            ([str(folder_of_pictures), "--seed", str(2**32)], "below 2^32"),
             ([str(folder_of_pictures), "--start", "nothing"], "no such weight file"),
             ([str(folder_of_pictures), "--adversarial-weight", "-1"], "adversarial_weight must"),
             ([str(folder_of_pictures), "--crop", "512", "--steps", "5"], "none of the"),

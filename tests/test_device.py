@@ -34,6 +34,14 @@ def test_emulation_on_a_gpu_does_not_count(ampere: bool, monkeypatch: pytest.Mon
     assert device.multiplies_bf16(torch.device("cuda")) == ampere
 
 
+def test_fp32_is_exact_while_asked_for() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with device.exact_fp32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:130", "cuda:256"])
 def test_a_gpu_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

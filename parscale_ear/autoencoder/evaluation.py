@@ -17,7 +17,7 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import ImageError, ImageRef
 from parscale_ear.data.reading import add_skipped, read_batches
-from parscale_ear.device import DTYPES
+from parscale_ear.device import DTYPES, exact_fp32
 from parscale_ear.metrics.features import FeatureChoice, load_extractor
 from parscale_ear.metrics.frechet import FeatureMoments
 from parscale_ear.metrics.reconstruction import SIMILARITIES, similarities
@@ -127,6 +127,7 @@ def _merged(parts: Sequence[FeatureMoments]) -> FeatureMoments:
     return parts[0]
 
 
+@exact_fp32()
 def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
     """The figures of one process's pictures."""
     options = share.options

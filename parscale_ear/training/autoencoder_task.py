@@ -20,7 +20,7 @@ from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
 from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
-from parscale_ear.training.loop import autocast_dtype
+from parscale_ear.training.loop import autocast_dtype, derived_seed
 from parscale_ear.training.losses import chroma_loss, log_mse_loss, pattern_loss, ssim_loss
 from parscale_ear.training.perceptual import Critic, FeatureLoss
 from parscale_ear.training.recipe import FROZEN_ENCODER, Recipe
@@ -131,9 +131,7 @@ class AutoencoderTask:
         """Randomness of every picture of this process: a function of seed, step and its number."""
         first = self.batch * self.world.rank
         return [
-            torch.Generator().manual_seed(
-                (((self.recipe.seed * 1_000_003 + step) * 4 + purpose) * 65_537 + first + k) % 2**63
-            )
+            torch.Generator().manual_seed(derived_seed(self.recipe.seed, step, purpose, first + k))
             for k in range(self.batch)
         ]
 

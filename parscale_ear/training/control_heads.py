@@ -167,18 +167,17 @@ class DiffusionHead(nn.Module):
         size = self.out[level].out_features
         assert isinstance(size, int)
         x = torch.randn(*shape, size, generator=generator, device=device)
-        times = torch.linspace(TRAIN_STEPS, 0, self.steps + 1, device=device).round().long()
-        schedule = self.kept.to(device)
-        for now, then in pairwise(times):
-            kept, kept_then = schedule[now], schedule[then]
-            noise = self._noise(x, now.expand(shape), hidden, level)
-            clean = (x - (1 - kept).sqrt() * noise) / kept.sqrt()
+        # Plain numbers: a number on the GPU would be waited for at every step.
+        times = torch.linspace(TRAIN_STEPS, 0, self.steps + 1).round().long()
+        schedule = self.kept[times].double().tolist()
+        for (now, kept), (_, kept_then) in pairwise(zip(times.tolist(), schedule, strict=True)):
+            noise = self._noise(x, torch.full(shape, now, device=device), hidden, level)
+            clean = (x - (1 - kept) ** 0.5 * noise) / kept**0.5
             clean = clean.clamp(-6, 6)  # tokens have unit variance
             ratio = kept / kept_then
-            mean = (kept_then.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - kept_then) * x) / (
-                1 - kept
-            )
-            deviation = ((1 - kept_then) / (1 - kept) * (1 - ratio)).clamp_min(0).sqrt()
+            towards = kept_then**0.5 * (1 - ratio) / (1 - kept)
+            mean = towards * clean + ratio**0.5 * (1 - kept_then) / (1 - kept) * x
+            deviation = max(0.0, (1 - kept_then) / (1 - kept) * (1 - ratio)) ** 0.5
             fresh = torch.randn(*shape, size, generator=generator, device=device)
-            x = mean + (temperature * deviation * fresh if int(then) else 0.0)
+            x = mean + temperature * deviation * fresh  # the last step has no deviation
         return x

@@ -25,6 +25,9 @@ class World(Protocol):
     def mean_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces tensors by their mean over all processes."""
 
+    def share_(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces tensors by those of the first process: other CPUs may draw other weights."""
+
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
         """Whether any process wants to stop, and the clock of the first."""
 
@@ -44,6 +47,9 @@ class OneProcess:
         self.device = device
 
     def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Nothing to do."""
+
+    def share_(self, tensors: Iterable[Tensor]) -> None:
         """Nothing to do."""
 
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
@@ -77,6 +83,14 @@ class AcceleratedWorld:
             values = flat[offset : offset + part.numel()].reshape(part.shape)
             part.data.copy_(values)
             offset += part.numel()
+
+    def share_(self, tensors: Iterable[Tensor]) -> None:
+        """One message a tensor."""
+        from accelerate.utils import broadcast
+
+        for tensor in tensors:
+            values = tensor.detach().to(self.device).contiguous()
+            tensor.data.copy_(broadcast(values))
 
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
         """Sums a flag and the first process's clock over all processes."""

@@ -6,7 +6,7 @@ r"""Turns a finished EnergyAR into weights to ship: FP16, its settings chosen, j
 Guidance and temperature are chosen with the training pictures, as the autoencoder restores them: of
 all settings whose Fréchet distance to them is within ``NEAR`` of the least, the one whose pictures
 are put into their classes most often. The same judge, which took no part in training, then judges
-that one setting once, on other draws and on the validation pictures. What the pictures of the
+that one setting, on other draws and on the validation pictures. What the pictures of the
 validation set are to that judge is written as statistics, so that distances can be measured where
 no pictures are.
 """
@@ -40,6 +40,7 @@ from parscale_ear.metrics.generation import (
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.judging import (
     IMAGENET,
+    INTERVALS,
     JUDGED_SEED,
     Drawn,
     Judge,
@@ -78,6 +79,10 @@ def judge_model(
     known = torch.cat([part for part in (training.restored, training.mirrored) if part is not None])
     apart, which = nearest(drawn.features, known)
     held_out, _ = nearest(restored, known)
+    # Of all real pictures together: one that copies nothing is as often nearest to a training picture
+    # as there are more of these.
+    _, of_all = nearest(drawn.features, torch.cat((training.restored, restored)))
+    from_training = of_all < len(training.restored)
     each = min(int(labels.bincount().min()) for labels in (drawn.labels, validation.labels))
     per_class = [
         float(drawn.hits[drawn.labels == k].float().mean()) for k in range(len(judge.classes))
@@ -91,6 +96,10 @@ def judge_model(
         "distance": distance_interval(drawn.features, law).as_dict(),
         "ceiling": ceiling_figures(judge, training, validation, originals, law, len(drawn.labels)),
         "nearest_training_picture": {"drawn": quantiles(apart), "held_out": quantiles(held_out)},
+        "nearest_is_from_training": {
+            **share(from_training).as_dict(),
+            "by_chance": len(training.restored) / (len(training.restored) + len(restored)),
+        },
         "nearest_of_its_class": {
             "pictures": each,
             "drawn": quantiles(nearest_other(drawn.features, drawn.labels, each)),
@@ -184,6 +193,7 @@ def release(
         "decoder": DEFAULT_DECODER,
         **origin(torch.device("cpu"), "float32"),
         **figures,
+        "intervals": INTERVALS,
         "tried_on_training": tried,
         "latent_fingerprint": model.latent_fingerprint,
     }

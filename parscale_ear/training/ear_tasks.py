@@ -22,6 +22,7 @@ from parscale_ear.training.adversary import Adversary
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_tasks import EACH_WEIGHT, Stateless, draw
+from parscale_ear.training.loop import derived_seed
 from parscale_ear.training.picture_critic import PictureCritic
 from parscale_ear.training.picture_energy import SEEN_SEED, PictureScore, Seen
 
@@ -147,8 +148,8 @@ class EARTask(Stateless):
 
     def random(self, step: int, purpose: int) -> torch.Generator:
         """Randomness of this process in a step."""
-        seed = ((self.recipe.seed * 1_000_003 + step) * 4 + purpose) * 65_537 + self.world.rank
-        return torch.Generator(self.world.device).manual_seed(seed % 2**63)
+        seed = derived_seed(self.recipe.seed, step, purpose, self.world.rank)
+        return torch.Generator(self.world.device).manual_seed(seed)
 
     def elementwise(self) -> list[nn.Parameter]:
         """Embeddings, and what stands between tokens and the trunk."""
@@ -237,7 +238,8 @@ class PicturesTask(EARTask):
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all."""
         recipe, device, score = self.recipe, self.world.device, self.score
-        rng = np.random.default_rng([recipe.seed, step, self.world.rank])
+        # Of another length than what the tokens' batch is drawn with: zeros behind count for nothing.
+        rng = np.random.default_rng([recipe.seed, step, 1, self.world.rank])
         chosen = rng.choice(
             score.classes, min(recipe.picture_classes, score.classes), replace=False
         )
@@ -245,8 +247,12 @@ class PicturesTask(EARTask):
         seed = int(rng.integers(2**31))
         chance = torch.Generator().manual_seed(seed)
         size = int(step % LARGE_EVERY == LARGE_EVERY - 1)
+        draws = recipe.picture_draws  # real ones that repeat would make the critic like repetition
         numbers = np.concatenate(
-            [rng.choice(self.members[k], recipe.picture_draws) for k in chosen]
+            [
+                rng.choice(m, draws, replace=len(m) < draws)
+                for m in (self.members[k] for k in chosen)
+            ]
         )
         theirs = self._latents(numbers, rng)  # real pictures of the same classes
         known: list[Tensor] = []

@@ -109,7 +109,8 @@ def split_pictures(
     Args:
         images: files, folders, tars and datasets to train on.
         validation: the same to measure on; none: some of the others are held out, never the
-            first of a class.
+            first of a class (of too few pictures none is: then it is on those that are trained on,
+            and the log says so).
         held_out: at most so many are held out.
         most_validated: at most so many of those named are used, evenly spread.
 
@@ -129,6 +130,10 @@ def split_pictures(
         seen.add(ref.label)
         (kept if index % every or first else held).append(ref)
     if not kept or not held:
+        log.warning(
+            "too few pictures to hold some out (%d): validation is on those that are trained on",
+            len(training),
+        )
         return training, training[::every]
     return kept, held
 

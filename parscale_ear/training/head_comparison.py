@@ -183,6 +183,7 @@ def compare(
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
         "pictures": judging.JUDGED,
+        "intervals": judging.INTERVALS,
         "latents": len(latents),
         "batch": recipe.batch,
         "picture_draws": recipe.picture_classes * recipe.picture_draws,

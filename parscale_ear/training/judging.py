@@ -27,7 +27,7 @@ from parscale_ear.data.images import (
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.metrics.features import EfficientNetLite
-from parscale_ear.metrics.frechet import Gaussian, Interval, clustered_bootstrap
+from parscale_ear.metrics.frechet import Gaussian, Interval, clustered_jackknife
 from parscale_ear.metrics.generation import class_diversity, class_hits, share
 from parscale_ear.training.folder import load_labelled
 
@@ -36,7 +36,7 @@ TEMPERATURES = (1.0, 0.9, 0.8)
 TRIED, JUDGED = 500, 2000  # pictures of every setting, and of the chosen one
 TRIED_SEED, JUDGED_SEED = 1, 2
 BATCH = 50
-REPEATS = 100  # of the bootstrap
+INTERVALS = "jackknife"  # how intervals of distances are made, for a report
 # Imagenette's classes by folder name, and their numbers among ImageNet's.
 IMAGENET = {
     "n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497,
@@ -186,8 +186,8 @@ def judge_drawn(
 def distance_interval(features: Tensor, law: Gaussian) -> Interval:
     """Fréchet distance of (N, D) features to a law, with its interval over pictures."""
     seen = features.numpy()
-    return clustered_bootstrap(
-        lambda rows: [Gaussian.fit(seen[rows]).distance(law)], range(len(seen)), repeats=REPEATS
+    return clustered_jackknife(
+        lambda rows: [Gaussian.fit(seen[rows]).distance(law)], range(len(seen))
     )[0]
 
 

@@ -4,7 +4,8 @@ A :class:`Task` says what is trained, what a step's loss is and how to validate.
 about time, optimizer, precision, weight averaging, checkpoints and logs. Everything random in a
 step is a function of the seed and the step's number, so that a run killed at any moment goes on
 from its last checkpoint as if nothing had happened (with several threads some CPUs sum in an order
-that changes from run to run: equal trainings then differ in their last bits, resumed or not).
+that changes from run to run, and so do some of CUDA's gradients: equal trainings then differ in their
+last bits, resumed or not).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -40,6 +42,7 @@ from parscale_ear.training.optimizer import (
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Optimizer = Literal["muon", "adam"]  # adam: without momentum, to train against a critic
+LEAST_SCALE = 1.0  # of the loss in FP16; below it gradients overflow that were made no larger
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOG_FILE = "log.jsonl"
 
@@ -155,13 +158,25 @@ def autocast_for(precision: Precision, device: torch.device) -> torch.autocast:
 
 
 def check_seed(seed: int) -> None:
-    """What PyTorch's generators take on every device.
+    """What PyTorch's generators tell apart on every device: on the CPU 32 bits.
 
     Raises:
         ValueError: ``seed`` is out of range.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be at least 0 and below 2^32, got {seed}")
+
+
+def derived_seed(seed: int, step: int, purpose: int, number: int) -> int:
+    """Seed of 32 bits for one of a step's generators.
+
+    Args:
+        seed: of the training.
+        step: number of the step.
+        purpose: what the numbers are for; no two uses of one task have the same.
+        number: of the picture or of the process.
+    """
+    return int(np.random.SeedSequence([seed, step, purpose, number]).generate_state(1)[0])
 
 
 def learning_rate(config: LoopConfig, progress: Progress) -> float:
@@ -199,9 +214,10 @@ class Run:
         """
         self.task, self.config, self.out = task, config, out
         self.progress = Progress()
-        self.average = copy.deepcopy(task.model).eval()
         self.device = next(task.model.parameters()).device
         self.world: World = world or OneProcess(self.device)
+        self.world.share_(task.model.state_dict().values())
+        self.average = copy.deepcopy(task.model).eval()
         trained = [p for p in task.model.parameters() if p.requires_grad]
         if config.optimizer == "adam":
             self.optimizer = build_adversarial_optimizer(trained, config.learning_rate)
@@ -345,6 +361,11 @@ class Run:
                     f"the {name.replace('_', ' ')} became {value} at step {self.progress.step}; "
                     "start again in a new folder with a lower --learning-rate"
                 )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise DivergedError(
+                f"the gradient was not finite in FP16, however the loss was scaled, up to step "
+                f"{self.progress.step}; start again in a new folder with --precision bf16 or fp32"
+            )
 
     # --- checkpoints ---
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.images import ImageError
-from parscale_ear.device import UsageError
+from parscale_ear.device import UsageError, exact_fp32
 from parscale_ear.metrics.features import FeatureError
 from parscale_ear.training.loop import TrainingError
 
@@ -39,7 +39,7 @@ def add_pictures(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def attempt(name: str, work: Callable[[], Result]) -> Result | None:
-    """Does a program's work.
+    """Does a program's work; FP32 on CUDA is FP32 in it, not TF32.
 
     Args:
         name: the program's.
@@ -49,7 +49,8 @@ def attempt(name: str, work: Callable[[], Result]) -> Result | None:
         The result; None after a user's mistake, which has been told in one line.
     """
     try:
-        return work()
+        with exact_fp32():
+            return work()
     except MISTAKES as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return None

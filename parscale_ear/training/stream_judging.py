@@ -24,13 +24,13 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.device import resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER
-from parscale_ear.metrics.frechet import Gaussian, clustered_bootstrap
+from parscale_ear.metrics.frechet import Gaussian, clustered_jackknife
 from parscale_ear.profiling.origin import origin
-from parscale_ear.training import judging
 from parscale_ear.training.ear import load_streamed
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.folder import RECIPE_FILE
 from parscale_ear.training.judging import (
+    INTERVALS,
     Judge,
     choose,
     judge_drawn,
@@ -117,7 +117,7 @@ def judge_streams(
         slope = float(centred @ np.asarray(found)) / max(1e-12, float(centred @ centred))
         return [*found, *(value - found[0] for value in found), slope]
 
-    told = clustered_bootstrap(statistics, range(len(drawn.labels)), repeats=judging.REPEATS)
+    told = clustered_jackknife(statistics, range(len(drawn.labels)))
     for k, row in enumerate(rows):
         row["distance"] = told[k].as_dict()
         row["distance_minus_first"] = told[len(rows) + k].as_dict()
@@ -127,6 +127,7 @@ def judge_streams(
         "distance_slope_per_doubling": told[-1].as_dict(),
         "judged_on": origin(device, "float32"),
         "judge": judge.network.name,
+        "intervals": INTERVALS,
         "distance_name": judge.network.distance,
         "judged_pictures": len(drawn.labels),
         "settings": settings,

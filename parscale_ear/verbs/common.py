@@ -20,9 +20,9 @@ def positive(text: str) -> int:
 
 def seed_number(text: str) -> int:
     """A seed of PyTorch's generators, for argparse."""
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
+            f"expected a whole number from 0 to 2^32 - 1, got {text!r}"
         )
     return int(text)
 

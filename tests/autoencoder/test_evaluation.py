@@ -64,6 +64,21 @@ def test_speed_is_of_the_pictures_behind_the_first_batch(
     assert evaluate(refs[:4], OPTIONS)["images_per_s"] is None  # one batch: it warms up
 
 
+def test_fp32_is_not_rounded_to_tf32(
+    folder_of_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+
+    def spy(*arguments: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return reconstruct_pictures(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "reconstruct_pictures", spy)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        evaluate(find_images([folder_of_pictures]), OPTIONS)
+    assert set(allowed) == {False}
+
+
 def test_ms_ssim_where_it_fits(photographs: torch.Tensor, tmp_path: Path) -> None:
     from parscale_ear.data.images import save_png
 

@@ -20,20 +20,29 @@ def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
         "class_accuracy": row,
         "ceiling": {"class_accuracy": {"value": 0.85}},
         "nearest_training_picture": {"drawn": {"q0.01": drawn}, "held_out": {"q0.01": held_out}},
+        "nearest_of_its_class": {"drawn": {"q0.5": 8.5}, "held_out": {"q0.5": 10.0}},
+        "effective_dimensions": {"drawn": 20.0, "held_out": 30.0},
     }
 
 
 @pytest.mark.parametrize(
     ("evidence", "expected"),
     [
-        (judged(0.41, 5.0, 5.0), ["PASS", "PASS"]),
-        (judged(0.39, 5.0, 5.0), ["MISSED", "PASS"]),
-        (judged(0.9, 0.5, 5.0), ["PASS", "MISSED"]),  # copies of training pictures
+        (judged(0.41, 5.0, 5.0), ["PASS", "PASS", "PASS", "MISSED"]),
+        (judged(0.39, 5.0, 5.0), ["MISSED", "PASS", "PASS", "MISSED"]),
+        (
+            judged(0.9, 0.5, 5.0),
+            ["PASS", "MISSED", "PASS", "MISSED"],
+        ),  # copies of training pictures
     ],
 )
 def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> None:
-    targets = _evidence.judged_targets(evidence, "ours", "its")
+    targets = _evidence.judged_targets(evidence, "ours", "its", quick=False)
     assert [target.status for target in targets] == expected
+    assert targets[2].value == pytest.approx(0.85)
+    quick = _evidence.judged_targets(evidence, "ours", "its", quick=True)
+    assert [t.name for t in quick] == [t.name for t in targets]
+    assert {t.status for t in quick} == {"SKIPPED"}
 
 
 @pytest.mark.parametrize(
@@ -61,16 +70,16 @@ def test_what_is_not_known_is_left_out() -> None:
 def test_no_judgement_of_these_weights_is_no_pass(
     evidence: dict[str, Any] | None, why: str
 ) -> None:
-    targets = _evidence.judged_targets(evidence, "theirs", "its")
-    assert len(targets) == 2
+    targets = _evidence.judged_targets(evidence, "theirs", "its", quick=False)
+    assert len(targets) == 4
     for target in targets:
         assert target.status == "SKIPPED"
         assert why in target.why
 
 
 def test_a_judgement_of_another_decoder_is_no_pass() -> None:
-    targets = _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's")
-    assert len(targets) == 2
+    targets = _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's", quick=False)
+    assert len(targets) == 4
     for target in targets:
         assert target.status == "SKIPPED"
         assert "another decoder" in target.why

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import html
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import ci._evidence
 import ci._figures_page
 import ci._readme
 import ci.report
+import ci.validate_results
 from ci import _common, _stream_tables
 from ci._figures import picture_grid
 from ci.validate_results import read_reports
@@ -120,11 +123,46 @@ def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_pat
         ci.report.keep(quick, [], tmp_path)
     few = {name: {**report} for name, report in kept.items()}
     few["latency"]["settings"] = {**few["latency"]["settings"], "num_runs": 99}
-    with pytest.raises(_common.UsageError, match=r"a full run \(latency: num_runs 99 of 100"):
+    with pytest.raises(_common.UsageError, match=r"a full run \(latency: num_runs 99 of 100\)"):
         ci.report.keep(few, [], tmp_path)
-    assert "full run&#x27;s: latency: num_runs 99 of 100" in ci.report.build_html(
-        few, [], torch.device("cpu")
-    )
+    shown = ci.report.build_html(few, [], torch.device("cpu"))
+    assert "other than a full run: latency: num_runs 99 of 100" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["streams"]["figures"].update(model="VAR-d2"), "streams: untrained VAR-d2"),
+        (lambda r: r["streams"]["figures"].update(trained=True), "streams: trained VAR-d16"),
+        (lambda r: r["streams"]["settings"].update(counts=[1, 4]), "streams: without P = 2"),
+        (lambda r: r["generation"]["figures"]["settings"].update(guidance=9.0), "guidance 9"),
+        (lambda r: r["latency"].update(dtype="bfloat16"), "latency: in bfloat16"),
+        (lambda r: r["fid"].update(seed=3), "fid: seed 3"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_kept(
+    change: Callable[[dict[str, Any]], None], message: str, kept: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    assert ci.validate_results.unlike_full(kept) == []
+    other = copy.deepcopy(kept)
+    change(other)
+    with pytest.raises(_common.UsageError, match=message):
+        ci.report.keep(other, [], tmp_path)
+
+
+def test_documents_are_not_written_from_reports_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(KEPT, tmp_path / "results")
+    path = tmp_path / "results" / "fid.json"
+    report = json.loads(path.read_text())
+    report["weights_sha256"]["hybrid"] = "0" * 64
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(ci.report, "KEPT", tmp_path / "results")
+    monkeypatch.setattr(ci.report, "write_documents", lambda reports: pytest.fail("written"))
+    with pytest.raises(_common.UsageError, match="not written: .*other weights"):
+        ci.report.main(["--readme", "--results", str(tmp_path / "none")])
 
 
 def test_a_judgement_of_other_weights_is_nowhere_shown(

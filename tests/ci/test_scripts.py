@@ -319,8 +319,9 @@ class TestTargets:
     def test_an_extractor_that_took_part_in_training_does_not_judge(self) -> None:
         def result(name: str) -> dict[str, Any]:
             row = {
-                "distance": {"value": -1.0, "high": 0.1}, "relative_distance": {"value": -0.5},
-            }  # fmt: skip
+                "distance": {"value": -1.0, "high": 0.1},
+                "relative_distance": {"value": -0.5, "low": -0.6, "high": -0.4},
+            }
             return {
                 "distance_name": name,
                 "differences": {"hybrid": row, "sharp": row},

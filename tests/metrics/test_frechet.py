@@ -4,13 +4,15 @@ import pickle
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from pytorch_fid.fid_score import calculate_frechet_distance
+from scipy import stats
 
 from parscale_ear.metrics.frechet import (
     FeatureMoments,
     Gaussian,
     Interval,
-    clustered_bootstrap,
+    clustered_jackknife,
     frechet_distance,
 )
 
@@ -139,8 +141,8 @@ class TestFeatureMoments:
             moments.gaussian()
 
 
-class TestBootstrap:
-    @pytest.mark.parametrize("count", [5, 30])
+class TestJackknife:
+    @pytest.mark.parametrize("count", [5, 30, 200])
     def test_covers_the_mean_as_often_as_it_says(self, count: int) -> None:
         rng = np.random.default_rng(1)
         covered = 0
@@ -148,39 +150,77 @@ class TestBootstrap:
             means = rng.standard_normal(count)  # of the clusters: where the spread is
             x = (means[:, None] + 0.1 * rng.standard_normal((count, 5))).ravel()
             clusters = np.repeat(np.arange(count), 5).tolist()
-            (interval,) = clustered_bootstrap(
-                lambda i, x=x: [x[i].mean()], clusters, repeats=200, seed=trial
-            )
+            (interval,) = clustered_jackknife(lambda i, x=x: [x[i].mean()], clusters, seed=trial)
             covered += interval.low <= 0 <= interval.high
         assert 0.92 <= covered / 400 <= 0.98  # 0.95, three deviations each way
+
+    def test_of_a_mean_it_is_students(self) -> None:
+        x = np.random.default_rng(5).standard_normal(12)
+        (interval,) = clustered_jackknife(lambda i: [x[i].mean()], range(12))
+        expected = stats.t.interval(0.95, 11, x.mean(), x.std(ddof=1) / 12**0.5)
+        assert (interval.low, interval.high) == pytest.approx(expected, rel=1e-9)
+
+    def test_covers_a_distance_of_few_samples_and_is_not_far_too_wide(self) -> None:
+        """As a release is judged: not many more samples than features, the other side a law."""
+        rng = np.random.default_rng(0)
+        scale = 3 / np.sqrt(np.arange(1, 17))
+        law = Gaussian.fit(1.2 * scale * rng.standard_normal((3000, 16)) + 0.2)
+
+        def draw() -> NDArray[np.float64]:
+            return rng.standard_normal((25, 16)) * scale
+
+        def distance(x: NDArray[np.float64]) -> float:
+            return Gaussian.fit(x).distance(law)
+
+        figures = np.array([distance(draw()) for _ in range(400)])
+        widths, covered = [], 0
+        for _ in range(200):
+            x = draw()
+            (found,) = clustered_jackknife(lambda i, x=x: [distance(x[i])], range(25))
+            widths.append(found.high - found.low)
+            covered += found.low <= figures.mean() <= found.high
+        true = 2 * stats.t.ppf(0.975, 24) * figures.std(ddof=1)
+        assert covered / 200 >= 0.9
+        assert 0.9 < np.mean(widths) / true < 1.4
 
     def test_an_interval_of_a_distance_holds_the_distance(self) -> None:
         x, y = features(104, 100), features(104, 100) * 1.1
         clusters = np.arange(104) % 13
-        (interval,) = clustered_bootstrap(
-            lambda i: [frechet_distance(x[i], y[i])], clusters.tolist(), repeats=50
+        (interval,) = clustered_jackknife(
+            lambda i: [frechet_distance(x[i], y[i])], clusters.tolist()
         )
         assert interval.low < interval.value < interval.high
 
-    def test_takes_clusters_whole(self) -> None:
-        seen = []
-        clustered_bootstrap(lambda i: [float(seen.append(i) or 0)], [0, 0, 1, 1, 1, 2], repeats=50)
-        for draw in seen:
-            counts = np.bincount(draw, minlength=6)
-            assert counts[0] == counts[1]
-            assert counts[2] == counts[3] == counts[4]
+    def test_leaves_out_whole_clusters_each_once(self) -> None:
+        seen: list[list[int]] = []
+        clusters = [7, 7, 1, 1, 1, 2]
+        clustered_jackknife(lambda i: [float(seen.append(i.tolist()) or 0)], clusters)
+        assert sorted(seen) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 5], [2, 3, 4, 5]]
+
+    def test_many_clusters_are_dealt_to_groups(self) -> None:
+        seen: list[set[int]] = []
+        clusters = np.repeat(np.arange(10), 2)
+        clustered_jackknife(
+            lambda i: [float(seen.append(set(range(20)) - set(i.tolist())) or 0)],
+            clusters.tolist(), groups=4,
+        )  # fmt: skip
+        left_out = seen[1:]
+        assert sorted(map(len, left_out)) == [4, 4, 6, 6]
+        assert set.union(*left_out) == set(range(20))
+        for group in left_out:
+            assert group == {k for k in range(20) if clusters[k] in {clusters[j] for j in group}}
 
     def test_a_paired_difference_of_equals_is_0(self) -> None:
         x = np.random.default_rng(2).standard_normal(40)
-        (interval,) = clustered_bootstrap(lambda i: [x[i].mean() - x[i].mean()], range(40))
+        (interval,) = clustered_jackknife(lambda i: [x[i].mean() - x[i].mean()], range(40))
         assert (interval.value, interval.low, interval.high) == (0, 0, 0)
 
     def test_the_seed_and_the_level_settle_the_interval(self) -> None:
         x = np.random.default_rng(3).standard_normal(100)
 
         def interval(seed: int, level: float = 0.95) -> Interval:
-            (found,) = clustered_bootstrap(
-                lambda i: [x[i].mean()], range(100), repeats=1000, seed=seed, level=level
+            (found,) = clustered_jackknife(
+                lambda i: [x[i].mean()], range(100), seed=seed, level=level
             )
             return found
 
@@ -188,8 +228,14 @@ class TestBootstrap:
         half, most = interval(1, 0.5), interval(1)
         assert (half.level, most.level) == (0.5, 0.95)
         ratio = (half.high - half.low) / (most.high - most.low)
-        assert ratio == pytest.approx(0.674 / 1.96, rel=0.1)  # of a Gaussian
+        assert ratio == pytest.approx(stats.t.ppf(0.75, 39) / stats.t.ppf(0.975, 39))
 
-    def test_needs_two_photographs(self) -> None:
-        with pytest.raises(ValueError, match="two photographs"):
-            clustered_bootstrap(lambda i: [0.0], [1, 1, 1])
+    def test_progress_is_told_a_group(self) -> None:
+        told: list[int] = []
+        clustered_jackknife(lambda i: [0.0], range(100), groups=7, progress=lambda: told.append(1))
+        assert len(told) == 7
+
+    @pytest.mark.parametrize(("clusters", "groups"), [([1, 1, 1], 5), ([1, 2, 3], 1)])
+    def test_needs_two_groups(self, clusters: list[int], groups: int) -> None:
+        with pytest.raises(ValueError, match="at least two photographs and groups"):
+            clustered_jackknife(lambda i: [0.0], clusters, groups=groups)

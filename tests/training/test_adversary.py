@@ -135,6 +135,17 @@ class Pair(OneProcess):
             tensor.zero_()
 
 
+def test_all_processes_begin_with_the_critic_of_the_first() -> None:
+    class Second(Pair):
+        def share_(self, tensors: Iterable[Tensor]) -> None:
+            for tensor in tensors:
+                tensor.fill_(1)
+
+    critic = Critic()
+    Adversary(critic, 1e-3, Second(torch.device("cpu")), betas=(0.0, 0.99), warmup_steps=1)
+    assert all(bool((value == 1).all()) for value in critic.state_dict().values())
+
+
 def test_the_critics_of_all_processes_learn_alike() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 64, 64)

@@ -59,7 +59,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("TEMPERATURES", (1.0, 0.5)),
         ("TRIED", 20),
         ("JUDGED", 100),
-        ("REPEATS", 3),
         ("BATCH", 20),
     ):
         monkeypatch.setattr(judging, name, value)
@@ -195,6 +194,11 @@ def check_what_is_near(
         found = report["nearest_training_picture"][name]
         assert found["q0.5"] == pytest.approx(float(np.quantile(least, 0.5)), rel=1e-3)
         assert found["q0.01"] == pytest.approx(float(np.quantile(least, 0.01)), rel=1e-3)
+    both = torch.cat((plain.restored, held_out.restored))
+    nearest = [int((both - one).norm(dim=1).argmin()) < len(plain.restored) for one in drawn]
+    assert 0 < sum(nearest) < len(nearest)
+    assert report["nearest_is_from_training"]["value"] == pytest.approx(np.mean(nearest))
+    assert report["nearest_is_from_training"]["by_chance"] == pytest.approx(50 / 80)
     kin = report["nearest_of_its_class"]
     assert kin["pictures"] == 3  # of a class, as there are no more held-out ones
     for name, features, of in (("drawn", drawn, labels), ("held_out", held_out.restored, held_out.labels)):  # fmt: skip

@@ -194,6 +194,42 @@ def test_streams_own_scores_count_beside_the_joined_ones(recipe: EARRecipe, tmp_
     assert own == pytest.approx(0.5 * float(figures["each"]), rel=1e-4)
 
 
+def test_real_pictures_that_the_critic_sees_do_not_repeat(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks at how much a group of a class differs."""
+    made = Made(replace(recipe, picture_draws=6, picture_pairs=0), tmp_path, PicturesTask)
+    shown: list[np.ndarray] = []
+    plain = PicturesTask._latents
+
+    def spy(self: PicturesTask, numbers: Any, rng: Any) -> Tensor:
+        shown.append(numbers)
+        return plain(self, numbers, rng)
+
+    monkeypatch.setattr(PicturesTask, "_latents", spy)
+    for step in range(3):
+        made.task.loss(step)
+    assert len(shown) == 3
+    for numbers in shown:  # six of each class, of which there are six
+        assert sorted(numbers) == list(range(12))
+
+
+def test_a_steps_pictures_and_tokens_are_drawn_apart(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(recipe, tmp_path, PicturesTask)
+    begun: list[list[int]] = []
+    plain = np.random.default_rng
+
+    def spy(entropy: list[int]) -> np.random.Generator:
+        begun.append(plain(entropy).integers(2**32, size=4).tolist())
+        return plain(entropy)
+
+    monkeypatch.setattr(np.random, "default_rng", spy)
+    made.task.loss(0)
+    assert len(begun) == len({tuple(numbers) for numbers in begun}) > 1
+
+
 def test_pictures_go_on_from_real_ones_of_their_class(
     recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

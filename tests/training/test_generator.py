@@ -190,7 +190,9 @@ def test_too_small_a_side_is_refused_at_once() -> None:
         VARRecipe(images=("a",), side=8, sides=(1, 2, 4))
 
 
-def test_the_only_picture_of_a_class_is_not_held_out(pictures: Path, tmp_path: Path) -> None:
+def test_the_only_picture_of_a_class_is_not_held_out(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = next(p for p in pictures.rglob("*") if p.is_file())
     for number in range(21):
         (tmp_path / f"{number:02d}").mkdir()
@@ -200,7 +202,9 @@ def test_the_only_picture_of_a_class_is_not_held_out(pictures: Path, tmp_path: P
     training, held = split_pictures([str(tmp_path)], [])
     assert {ref.label for ref in training} == {f"{number:02d}" for number in range(21)}
     assert [(ref.label, ref.relative) for ref in held] == [("19", "19/1.png")]
+    assert not caplog.text
     few, same = split_pictures([str(source)], [])
+    assert "too few pictures to hold some out (1)" in caplog.text
     assert [ref.name for ref in few] == [ref.name for ref in same]
 
 
@@ -346,7 +350,7 @@ def test_slope_and_differences() -> None:
         (["--sides", "2", "1", "4"], "sides must be positive"),
         (["--prefix-tokens", "-1"], "prefix_tokens must be at least 0"),
         (["--seed", "-1"], "seed must be at least 0"),
-        (["--seed", str(2**63)], "below 2^63"),
+        (["--seed", str(2**32)], "below 2^32"),
         (["--vocabulary", "0"], "vocabulary must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--streams", "0"], "streams must be at least 1"),

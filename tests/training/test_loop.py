@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parscale_ear.training.distributed import OneProcess
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
     DivergedError,
@@ -18,6 +21,7 @@ from parscale_ear.training.loop import (
     Progress,
     Run,
     TrainingError,
+    derived_seed,
     learning_rate,
     read_log,
 )
@@ -198,6 +202,75 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
         with pytest.raises(DivergedError, match="became nan"):
             Run(Broken(), config(steps), tmp_path / str(steps)).train()
         assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
+
+
+def test_fp16_whose_steps_are_all_left_out_stops_the_run(tmp_path: Path) -> None:
+    """A loss that is finite and a gradient that is not: the scaler would skip every step."""
+
+    class Cliff(Toy):
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, figures = super().loss(step)
+            return loss + (0 * loss).sqrt(), figures  # √ has no finite derivative at 0
+
+    loop = LoopConfig(steps=60, precision="fp16", log_steps=5)
+    with pytest.raises(DivergedError, match="--precision bf16 or fp32"):
+        Run(Cliff(), loop, tmp_path / "run").train()
+    assert not (tmp_path / "run" / CHECKPOINT_FILE).exists()
+
+
+class Second(OneProcess):
+    """The second of two processes; what the first has is all ones."""
+
+    rank, size = 1, 2
+
+    def share_(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.fill_(1)
+
+
+def test_all_processes_begin_with_the_weights_of_the_first(tmp_path: Path) -> None:
+    run = Run(Toy(), config(), tmp_path / "run", world=Second(torch.device("cpu")))
+    assert all(bool((value == 1).all()) for value in weights(run))
+
+
+SHARED = """
+import torch
+from parscale_ear.training.distributed import find_world, leave_world
+
+world = find_world(torch.device("cpu"))
+mine = [torch.full((2, 3, 4, 5), world.rank + 1.0).to(memory_format=torch.channels_last),
+        torch.full((), world.rank + 7), torch.arange(6.0).view(2, 3).T * (world.rank + 1)]
+world.share_(mine)
+assert bool((mine[0] == 1).all()) and int(mine[1]) == 7, mine
+assert torch.equal(mine[2], torch.arange(6.0).view(2, 3).T)
+assert mine[0].is_contiguous(memory_format=torch.channels_last)
+leave_world()
+"""
+
+
+def test_tensors_of_the_first_process_reach_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_derived_seeds_are_all_different() -> None:
+    seeds = [
+        derived_seed(seed, step, purpose, number)
+        for seed in (0, 1, 2**32 - 1) for step in (0, 1, 16384, 65535)
+        for purpose in range(4) for number in range(40)
+    ]  # fmt: skip
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert derived_seed(3, 5, 1, 2) == derived_seed(3, 5, 1, 2)
 
 
 def test_learning_rate() -> None:
