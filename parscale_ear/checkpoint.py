@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
+RESERVED = {"format", "kind", "config", "sha256"}  # entries of every header
 HEADER = "parscale_ear"
 KEPT = 24  # characters of a file's name that its temporary file has, at most four bytes each
 
@@ -80,6 +81,18 @@ def digest(tensors: Mapping[str, Tensor], *facts: Any) -> str:
     return sha.hexdigest()
 
 
+def check_stored_dtype(dtype: torch.dtype | None) -> None:
+    """What weights can be stored in.
+
+    Raises:
+        ValueError: a dtype that is not of floating-point numbers of 16 bits or more.
+    """
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
+        raise ValueError(
+            f"dtype must be torch.float16, bfloat16, float32 or float64 to store weights, got {dtype}"
+        )
+
+
 def save(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -102,7 +115,10 @@ def save(
 
     Raises:
         OSError: it could not be written (a full disk, say).
+        ValueError: a fact has the name of an entry that every header has.
     """
+    if taken := RESERVED & facts.keys():
+        raise ValueError(f"facts must have other names than {', '.join(sorted(taken))}")
     header = {**facts, "format": FORMAT, "kind": kind, "config": config}
     header = json.loads(json.dumps(header))
     header["sha256"] = digest(tensors, header)

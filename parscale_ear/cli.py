@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from parscale_ear import __version__
 from parscale_ear.verbs import evaluate, generate, latents, reconstruct, train
@@ -24,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if sys.stderr is None:  # closed by the caller; progress bars write to it
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without arrows is no failure
     try:
@@ -35,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     # PyTorch is imported below this line, so that --help and mistakes answer at once.
+    with _stopped_at_once():
+        import numpy  # noqa: F401 - now, as nothing may interrupt it
+        import torch  # noqa: F401
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.images import ImageError
     from parscale_ear.device import UsageError, out_of_memory
@@ -59,9 +69,30 @@ def _run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    except (ModuleNotFoundError, ValueError, OSError) as error:
+    except (ModuleNotFoundError, ValueError, OverflowError, OSError) as error:
         print(f"parscale-ear: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process: while C code imports numpy, an exception would be lost or garbled."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        os.write(2, b"parscale-ear: stopped\n")
+        os._exit(STOPPED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _tell_of_slow_bf16(arguments: argparse.Namespace) -> None:

@@ -107,6 +107,25 @@ def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
             ParScaleEAR.from_pretrained(path)
 
 
+@pytest.mark.parametrize("name", ["sha256", "format"])
+def test_facts_do_not_take_the_place_of_entries_that_are_checked(name: str, tmp_path: Path) -> None:
+    facts = {name: 1}
+    with pytest.raises(ValueError, match=f"other names than {name}"):
+        checkpoint.save(
+            tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="K", config={}, **facts
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])
+def test_weights_are_stored_in_floating_point(
+    dtype: torch.dtype, tiny: ParScaleEAR, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="to store weights, got"):
+        tiny.save_pretrained(tmp_path / "x.safetensors", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("before")

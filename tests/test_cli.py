@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.recipe import Recipe
 from parscale_ear.verbs import train
-from parscale_ear.verbs.common import check_output
+from parscale_ear.verbs.common import check_output, positive
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,11 @@ class TestTrain:
             (["nothing"], "no such file or folder"),
             ([str(folder_of_pictures), "--crop", "50"], "crop must be a multiple of 16"),
             ([str(folder_of_pictures), "--minutes", "-1"], "above 0"),
+            (
+                [str(folder_of_pictures), "--kl-weight", "inf"],
+                "kl_weight must be at least 0 and finite",
+            ),
+            ([""], "a name of pictures is empty"),
             ([str(folder_of_pictures), "--seed", str(2**32)], "below 2^32"),
             ([str(folder_of_pictures), "--start", "nothing"], "no such weight file"),
             ([str(folder_of_pictures), "--adversarial-weight", "-1"], "adversarial_weight must"),
@@ -154,6 +160,12 @@ def test_help_does_not_import_torch() -> None:
         assert verb in done.stdout
 
 
+def test_numbers_that_no_dimension_has_are_refused() -> None:
+    assert positive(str(2**31 - 1)) == 2**31 - 1
+    with pytest.raises(argparse.ArgumentTypeError, match=r"below 2\^31"):
+        positive(str(2**31))
+
+
 def test_wrong_use_exits_with_2() -> None:
     for arguments in ([], ["paint"], ["reconstruct"], ["train", "autoencoder"]):
         with pytest.raises(SystemExit) as caught:
@@ -183,6 +195,39 @@ def test_stopped_at_any_moment_it_says_so(
     monkeypatch.setattr("parscale_ear.cli._parser", interrupted)
     assert main([]) == 130
     assert capsys.readouterr().err == "parscale-ear: stopped\n"
+
+
+def test_stopped_while_numpy_is_imported_it_says_so() -> None:
+    """C code would lose the exception; so the process ends at once."""
+    code = (
+        "import os, signal\n"
+        "from parscale_ear.cli import _stopped_at_once\n"
+        "with _stopped_at_once():\n"
+        "    pass\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as under nohup
+        "with _stopped_at_once():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with _stopped_at_once():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException:\n"
+        "        pass\n"  # as such code does
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "parscale-ear: stopped\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs a POSIX shell")
+def test_works_with_stderr_closed(photo: Path, tmp_path: Path) -> None:
+    command = f'exec "{sys.executable}" -m parscale_ear.cli reconstruct "$1" --out "$2" 2>&-'
+    words = ["sh", "-c", command, "sh", str(photo), str(tmp_path / "out")]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "chelsea.png").exists()
 
 
 def test_a_terminal_without_greek_letters_gets_help() -> None:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional as F
 
+# Asked once, as torch.compile cannot trace the question.
+_AUTOCASTING = {kind for kind in ("cpu", "cuda", "mps", "xpu") if is_autocast_available(kind)}
+
 
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     """3×3 convolution with bias that keeps height and width."""
@@ -93,8 +96,7 @@ def convolution_radius(module: nn.Module) -> int:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x`` (devices without autocast: never)."""
-    kind = x.device.type
-    return is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.device.type in _AUTOCASTING and torch.is_autocast_enabled(x.device.type)
 
 
 def conv_flops(module: nn.Module, height: int, width: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,43 +123,43 @@ def encode_folder(
         "pictures": len(refs),
         "list_sha256": store.list_digest(names),
     }
-    _claim(out, job, classes)
-    starts = range(0, len(refs), options.shard)
-    missing: list[int] = []
-    for number, start in enumerate(starts):
-        if _shard_done(out / store.shard_name(number), job):
-            progress(min(options.shard, len(refs) - start))
-        else:
-            missing.append(number)
-    began = time.monotonic()
-    mine = [number for number in missing if number % world == rank]  # whoever starts first
-    shares = [mine[k :: len(devices)] for k in range(len(devices))]
-    work = [
-        _Share(
-            {n: list(refs[n * options.shard : (n + 1) * options.shard]) for n in share},
-            out,
-            options,
-            weights,
-            device,
-            readers,
-            classes,
-            job,
+    with _claimed(out, job, classes):
+        starts = range(0, len(refs), options.shard)
+        missing: list[int] = []
+        for number, start in enumerate(starts):
+            if _shard_done(out / store.shard_name(number), job):
+                progress(min(options.shard, len(refs) - start))
+            else:
+                missing.append(number)
+        began = time.monotonic()
+        mine = [number for number in missing if number % world == rank]  # whoever starts first
+        shares = [mine[k :: len(devices)] for k in range(len(devices))]
+        work = [
+            _Share(
+                {n: list(refs[n * options.shard : (n + 1) * options.shard]) for n in share},
+                out,
+                options,
+                weights,
+                device,
+                readers,
+                classes,
+                job,
+            )
+            for share, device in zip(shares, devices, strict=True)
+            if share
+        ]
+        results = run_shares(_encode_share, work, progress) if work else []
+        seconds = time.monotonic() - began
+        waited = sum(r["waited"] for r in results)
+        busy = sum(r["busy"] for r in results)
+        index = _finish(out, job, classes, len(starts))
+        return CacheResult(
+            pictures=index["count"],
+            encoded=sum(r["encoded"] for r in results),
+            skipped=index["skipped"],
+            seconds=seconds,
+            reading=waited / max(waited + busy, 1e-9),
         )
-        for share, device in zip(shares, devices, strict=True)
-        if share
-    ]
-    results = run_shares(_encode_share, work, progress) if work else []
-    seconds = time.monotonic() - began
-    waited = sum(r["waited"] for r in results)
-    busy = sum(r["busy"] for r in results)
-    index = _finish(out, job, classes, len(starts))
-    return CacheResult(
-        pictures=index["count"],
-        encoded=sum(r["encoded"] for r in results),
-        skipped=index["skipped"],
-        seconds=seconds,
-        reading=waited / max(waited + busy, 1e-9),
-    )
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,31 @@ class _Share:
     job: dict[str, Any]
 
 
-def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> None:
-    """Takes a new folder, or checks that the one there is of the same job."""
+@contextmanager
+def _claimed(out: Path, job: dict[str, Any], classes: list[str]) -> Iterator[None]:
+    """Takes a new folder, or checks that the one there is of the same job.
+
+    A new one in which nothing was finished when it failed is free again, for other options, too.
+    """
+    fresh = _claim(out, job, classes)
+    try:
+        yield
+    except BaseException:
+        if fresh:
+            _leave(out)
+        raise
+
+
+def _leave(out: Path) -> None:
+    """Frees a folder in which nothing was finished, so that other options may have it."""
+    if not any(out.glob("shard-*.safetensors")):
+        (out / store.INDEX_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # something else may lie there
+            out.rmdir()
+
+
+def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> bool:
+    """Whether the folder is new; one of another job is refused."""
     path = out / store.INDEX_FILE
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
@@ -186,7 +210,7 @@ def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> None:
                 f"{out} holds latents with another {', '.join(changed)}; give the same pictures "
                 "and options to go on, or name a new folder"
             )
-        return
+        return False
     # Another job may be about to write the index; its unfinished file counts for nothing.
     strangers = out.exists() and any(not p.name.endswith(".part") for p in out.iterdir())
     if strangers and not path.exists():
@@ -194,6 +218,7 @@ def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> None:
             f"{out} is not empty and holds no latents; name a new folder"
         )
     _write_index(out, job, classes, [], {}, complete=False)
+    return True
 
 
 def _write_index(
@@ -251,6 +276,9 @@ def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> d
         for part in out.glob(".shard-*.part"):  # of jobs that were killed while writing
             part.unlink(missing_ok=True)
     if complete and not index["count"]:
+        for path in paths:  # of no latents
+            path.unlink(missing_ok=True)
+        _leave(out)
         raise ImageError("none of the pictures can be read")
     return index
 

@@ -61,7 +61,7 @@ def decode_folder(
         for k, device in enumerate(devices)
         if numbers[k :: len(devices)]
     ]
-    _claim(
+    fresh = _claim(
         out,
         {
             "latents": [shard["sha256"] for shard in data.index["shards"]],
@@ -69,11 +69,16 @@ def decode_folder(
             "dtype": dtype,
         },
     )
-    return sum(run_shares(_decode_share, shares, progress))
+    try:
+        return sum(run_shares(_decode_share, shares, progress))
+    except BaseException:
+        if fresh and not any(out.rglob("*.png")):  # free for other latents
+            (out / JOB_FILE).unlink(missing_ok=True)
+        raise
 
 
-def _claim(out: Path, job: dict[str, Any]) -> None:
-    """Takes a new folder, or checks that the pictures there are of the same job."""
+def _claim(out: Path, job: dict[str, Any]) -> bool:
+    """Takes a new folder, or checks that the pictures there are of the same job; whether it is new."""
     path = out / JOB_FILE
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
@@ -95,6 +100,8 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
         )
     else:
         checkpoint.write_text(path, json.dumps(job, indent=1) + "\n")
+        return True
+    return False
 
 
 def _decode_share(share: Any, progress: Progress) -> int:

@@ -57,7 +57,7 @@ class ParScaleEAR(LiteVAE):
         Args:
             config: sizes; the default is the shipped model's.
         """
-        config = config or ParScaleEARConfig()
+        config = ParScaleEARConfig() if config is None else config
         super().__init__(config.litevae)
         self.config = config
         self.hybrid = None if config.hybrid is None else HybridLatent(config.hybrid)
@@ -319,8 +319,10 @@ class ParScaleEAR(LiteVAE):
 
         Raises:
             OSError: the file cannot be written; what was there stays.
-            ValueError: only one of ``shared_parts`` and ``shared_file`` is given.
+            ValueError: only one of ``shared_parts`` and ``shared_file`` is given, ``dtype`` is of
+                integers or of less than 16 bits, or a fact has a name that is taken.
         """
+        checkpoint.check_stored_dtype(dtype)
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path / WEIGHTS_FILE

@@ -204,11 +204,17 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
 
             refs.extend(hub_images(str(text)[3:]))
             continue
+        if not str(text):
+            raise ImageError("a name of pictures is empty; name files, folders or tars")
         path = Path(text)
         if path.is_dir():
             found = _folder_members(path)
         elif not path.exists():
             raise ImageError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise ImageError(
+                f"{path}: a pipe or a device; write what it gives to a file, and name that"
+            )
         elif tarfile.is_tarfile(path):
             found = _tar_members(path)
         else:

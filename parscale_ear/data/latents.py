@@ -148,7 +148,7 @@ class LatentDataset(Dataset[LatentItem]):
                 latent space.
             ValueError: ``mirrored`` is asked for but not there.
         """
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the process goes
         self.index = read_index(self.folder)
         if not self.index["complete"]:
             raise checkpoint.CheckpointError(

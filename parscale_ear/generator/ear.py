@@ -55,6 +55,9 @@ class LatentEvent:
 class EnergyAR(NextScaleGenerator):
     """Trunk and energy head over the pyramid of an autoencoder's normalised latent.
 
+    ``state_dict`` holds the weights alone: not what ``recommended`` says of guidance and temperature, nor
+    ``latent_fingerprint``. ``save_pretrained`` and ``copy.deepcopy`` take all along.
+
     Example:
         >>> model = EnergyAR.from_pretrained()
         >>> images = model.generate([model.label("golf ball")], guidance=2.0)
@@ -383,7 +386,12 @@ class EnergyAR(NextScaleGenerator):
             path: the file.
             dtype: store the weights in this dtype; the pyramid's statistics stay in FP32.
             facts: further JSON-serialisable header entries (recipe, figures ...).
+
+        Raises:
+            ValueError: ``dtype`` is of integers or of less than 16 bits, or a fact has a name that
+                is taken.
         """
+        checkpoint.check_stored_dtype(dtype)
         path = Path(path)
         tensors = {
             name: tensor if dtype is None or name.startswith("pyramid.") else tensor.to(dtype)
@@ -428,7 +436,7 @@ class EnergyAR(NextScaleGenerator):
         model.latent_fingerprint = header.get("latent_fingerprint")
         model.recommended.update(header.get("recommended", {}))
         model = model.to(device or "cpu")
-        return (model if dtype is None else model.set_dtype(dtype)).eval()
+        return model.set_dtype(torch.float32 if dtype is None else dtype).eval()
 
     @classmethod
     def from_pretrained(
@@ -453,7 +461,13 @@ class EnergyAR(NextScaleGenerator):
         Raises:
             CheckpointError: the file is missing, damaged or foreign, or was trained on another
                 autoencoder's latents.
+            ValueError: both ``autoencoder`` and ``decoder`` are given.
         """
+        if autoencoder is not None and decoder is not None:
+            raise ValueError(
+                "decoder chooses one of the shipped decoders, and autoencoder brings its own; give "
+                "one of them"
+            )
         path = shipped_generator() if path is None else Path(path)
         model = cls.load(path, device=device, dtype=dtype)
         if autoencoder is None:

@@ -90,8 +90,8 @@ class LatentPyramid(KeepsFloat32):
                 self.scales.append(Scale(level, cells, tuple(chosen)))
         for level in range(self.levels):
             wide = self.width(level)
-            self.register_buffer(f"mean{level}", torch.zeros(wide, 1, 1))
-            self.register_buffer(f"std{level}", torch.ones(wide, 1, 1))
+            self.register_buffer(f"mean{level}", torch.zeros(wide, 1, 1, dtype=torch.float32))
+            self.register_buffer(f"std{level}", torch.ones(wide, 1, 1, dtype=torch.float32))
 
     def width(self, level: int) -> int:
         """Numbers in a token of a level."""
@@ -247,7 +247,7 @@ class LatentPyramid(KeepsFloat32):
         canvas = self._at(canvas, step)
         details, drawn = canvas.details.flatten(2).clone(), canvas.drawn.clone()
         cells = list(step.cells)
-        details[:, :, cells] = tokens.float().transpose(1, 2)
+        details[:, :, cells] = tokens.transpose(1, 2).to(details.dtype)
         drawn[cells] = True
         return Canvas(canvas.coarse, details.view_as(canvas.details), drawn)
 

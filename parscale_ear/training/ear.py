@@ -144,6 +144,7 @@ def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...]]:
         raise TrainingError(
             f"{folder}: latents without classes; encode a folder of class folders, or a tar of them"
         )
+    data.verify()  # nothing is learnt from damaged ones
     parts = [data]
     if data.index["mirrored"]:
         parts.append(LatentDataset(folder, mirrored=True, fingerprint=fingerprint))

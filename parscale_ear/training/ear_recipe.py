@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parscale_ear.generator.ear_config import EARConfig
@@ -71,7 +72,7 @@ class EARRecipe:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
         if not 0 < self.alpha <= 2:
             raise ValueError(f"alpha must be in (0, 2], got {self.alpha}")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 < self.train_temperature <= 1:
             raise ValueError(f"train_temperature must be in (0, 1], got {self.train_temperature}")
@@ -81,14 +82,14 @@ class EARRecipe:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("picture_rate", "critic_rate"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
             *("adversarial_weight", "class_weight", "picture_known", "picture_pairs"),
             *("latent_noise", "input_noise"),
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.minutes == 0 and self.start is None:
             raise ValueError("without a first stage (minutes = 0) there must be weights to start")
         if self.picture_minutes and self.picture_steps:

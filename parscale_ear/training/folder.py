@@ -48,13 +48,15 @@ class Claim:
             more: JSON-serialisable facts that must also be the same.
 
         Raises:
-            TrainingError: the folder holds a run, or weights, and ``resume`` is false; or another
+            TrainingError: it is a file; the folder holds a run, or weights, and ``resume`` is false; or another
                 recipe's run.
             ModuleNotFoundError: a package for training is missing.
         """
         self.world: World = find_world(torch.device(recipe.device))  # type: ignore[attr-defined]
         told = {**asdict(recipe), "processes": self.world.size, **more}
         self.path, self.asked = out / RECIPE_FILE, json.loads(json.dumps(told))
+        if out.exists() and not out.is_dir():
+            raise TrainingError(f"{out} is a file; name a folder")
         build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
         if not self.path.exists():
             done = sorted(path.name for path in out.glob("*.safetensors"))

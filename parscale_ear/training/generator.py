@@ -147,6 +147,7 @@ def _run(
     if world.rank == 0:
         told = {
             **facts,
+            "stage": stage,
             "recipe": without_paths(recipe),
             "steps": run.progress.step,
             "minutes": round(run.progress.seconds / 60, 1),

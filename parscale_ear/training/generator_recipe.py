@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parscale_ear.generator.streams import ParallelStreams
@@ -56,8 +57,10 @@ class VARRecipe:
             raise ValueError(f"streams must be at least 1, got {self.streams}")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
-        if not self.learning_rate > 0 or not self.feature_weight >= 0:
-            raise ValueError("learning_rate must be above 0 and feature_weight at least 0")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.feature_weight < math.inf:
+            raise ValueError(
+                "learning_rate must be above 0, feature_weight at least 0, both finite"
+            )
         ratio = self.side / self.sides[-1]
         if ratio < 2 or ratio != 2 ** round(ratio).bit_length() // 2:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,14 +86,14 @@ class Recipe:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("learning_rate", "final_rate"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
             *("kl_weight", "ssim_weight", "feature_weight", "adversarial_weight"),
             *("pattern_weight", "chroma_weight", "latent_noise"),
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.grey_share <= 1:
             raise ValueError(f"grey_share must be in [0, 1], got {self.grey_share}")
         check_seed(self.seed)

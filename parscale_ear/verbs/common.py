@@ -12,9 +12,11 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """A whole number above 0 that a dimension can have, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    if int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^31, got {text!r}")
     return int(text)
 
 

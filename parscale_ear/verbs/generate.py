@@ -184,11 +184,15 @@ def _options(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 
 def _var(arguments: argparse.Namespace, path: Path | None, device: torch.device) -> VAR:
+    from parscale_ear import checkpoint
+    from parscale_ear.device import UsageError
     from parscale_ear.generator.var import VAR
 
     if arguments.official:
         return VAR.from_official(*arguments.official, device=device)
     assert path is not None
+    if checkpoint.load(path)[1].get("training", {}).get("stage") == "tokenizer":
+        raise UsageError(f"{path}: only its tokenizer is trained; name var.safetensors of that run")
     return VAR.from_pretrained(path, device=device)
 
 
@@ -205,7 +209,7 @@ def _label(text: str | None, model: VAR | EnergyAR) -> int | None:
 
     if text is None:
         return None
-    number = text.lstrip("-").isdecimal()
+    number = text.removeprefix("-").isdecimal()
     if isinstance(model, EnergyAR) and (not number or text in model.config.class_names):
         return model.label(text)
     if number:

@@ -168,6 +168,40 @@ def test_a_killed_job_goes_on(tmp_path: Path) -> None:
     assert json.loads(again.stdout.splitlines()[-1])["encoded"] == 0
 
 
+@pytest.mark.parametrize("fails", ["pictures", "memory"])
+def test_a_folder_in_which_nothing_was_finished_is_free(
+    fails: str, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, refs = tmp_path / "out", find_images([classes / "cat"])
+    if fails == "pictures":
+        (tmp_path / "a.png").write_bytes(b"no picture")
+        with pytest.raises(ImageError, match="none of the pictures"):
+            encode_folder(find_images([tmp_path / "a.png"]), out, OPTIONS)
+    else:
+
+        def full(*_: Any) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(latent_cache, "encode_pictures", full)
+            with pytest.raises(MemoryError):
+                encode_folder(refs, out, OPTIONS)
+    assert not out.exists()
+    assert encode_folder(refs, out, CacheOptions(side=32)).pictures == 8  # with other options
+
+
+def test_a_folder_for_pictures_of_which_none_was_written_is_free(
+    classes: Path, tmp_path: Path
+) -> None:
+    for name in ("damaged", "whole"):
+        encode_folder(find_images([classes / "cat"]), tmp_path / name, OPTIONS)
+    flip_a_bit(tmp_path / "damaged" / shard_name(0))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        decode_folder(tmp_path / "damaged", tmp_path / "png")
+    assert not list((tmp_path / "png").iterdir())
+    assert decode_folder(tmp_path / "whole", tmp_path / "png") == 8
+
+
 def test_what_ends_the_next_shard_leaves_the_finished_one(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

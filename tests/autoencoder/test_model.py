@@ -96,6 +96,13 @@ class TestShapes:
         assert model.enhance(latent) is latent
 
 
+def test_compiles_as_one_graph(tiny: ParScaleEAR) -> None:
+    compiled = torch.compile(tiny, fullgraph=True, backend="eager")
+    x = images(1, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), tiny(x))
+
+
 @pytest.mark.parametrize("kind", [ResidualBlock, BottleneckBlock])
 def test_fresh_blocks_are_nearly_the_identity(
     kind: type[ResidualBlock] | type[BottleneckBlock],

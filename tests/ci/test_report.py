@@ -161,7 +161,7 @@ def test_documents_are_not_written_from_reports_of_other_weights(
     path.write_text(json.dumps(report))
     monkeypatch.setattr(ci.report, "KEPT", tmp_path / "results")
     monkeypatch.setattr(ci.report, "write_documents", lambda reports: pytest.fail("written"))
-    with pytest.raises(_common.UsageError, match="not written: .*other weights"):
+    with pytest.raises(_common.UsageError, match=r"not written: .*other weights"):
         ci.report.main(["--readme", "--results", str(tmp_path / "none")])
 
 

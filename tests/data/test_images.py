@@ -360,6 +360,22 @@ def test_linked_class_folders_are_searched_and_loops_are_not(
     assert "back: links to a folder that it lies in" in caplog.text
 
 
+def test_an_empty_name_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradient().save(tmp_path / "0.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImageError, match="empty"):
+        find_images([""])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="SKIPPED: no named pipes here")
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="pipe or a device"):
+        find_images([tmp_path / "pipe"])
+
+
 def test_squares_without_the_damaged_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("0", "2"):
         gradient().save(tmp_path / f"{name}.png")

@@ -56,6 +56,16 @@ def test_an_index_of_another_format_is_refused(folder: Path) -> None:
         LatentDataset(folder)
 
 
+def test_a_relative_folder_is_found_from_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    data = LatentDataset(folder.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(data[0]["latent"], LatentDataset(folder)[0]["latent"])
+
+
 def test_an_opened_dataset_travels_to_other_processes(folder: Path) -> None:
     data = LatentDataset(folder)
     first = data[0]  # its file is open now

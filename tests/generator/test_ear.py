@@ -234,6 +234,13 @@ def test_half_precision_draws_about_the_same(model: EnergyAR, dtype: torch.dtype
     assert float((half - exact).square().mean() / exact.square().mean()) < 0.05
 
 
+def test_double_precision_draws_the_same(model: EnergyAR) -> None:
+    exact = model.generate_latents([0, 1], generator=seeded())
+    twice = copy.deepcopy(model).double().generate_latents([0, 1], generator=seeded())
+    assert twice.dtype == torch.float64
+    torch.testing.assert_close(twice.float(), exact, atol=1e-3, rtol=1e-3)
+
+
 def test_flops_equal_pytorchs_count(model: EnergyAR) -> None:
     # In BF16, as PyTorch's counter passes over the CPU's fused attention.
     model.set_dtype(torch.bfloat16)

@@ -57,6 +57,24 @@ def test_weights_are_loaded_for_use_in_the_dtype_asked_for(
         assert torch.equal(loaded.pyramid.get_buffer(name), statistics)  # not rounded to FP16
 
 
+def test_weights_are_in_fp32_whatever_the_default_is(tmp_path: Path) -> None:
+    path = EnergyAR(CONFIG).save_pretrained(tmp_path / "ear.safetensors", dtype=torch.float16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = EnergyAR.load(path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    with pytest.raises(ValueError, match="to store weights"):
+        model.save_pretrained(tmp_path / "int.safetensors", dtype=torch.int8)
+
+
+def test_a_decoder_is_not_chosen_for_an_autoencoder_that_is_given(tmp_path: Path) -> None:
+    path = EnergyAR(CONFIG).save_pretrained(tmp_path / "ear.safetensors")
+    with pytest.raises(ValueError, match="one of them"):
+        EnergyAR.from_pretrained(path, autoencoder=ParScaleEAR(), decoder="sharp")
+
+
 def test_weights_recommend_their_settings(tmp_path: Path) -> None:
     model = EnergyAR(CONFIG).eval()
     untold = model.generate_latents([0], generator=seeded())

@@ -164,6 +164,7 @@ def test_weights_that_draw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--out", "folder.png"], "folder.png is a folder; name a file"),
         (["--out", "file/grid.png"], "nothing can be written in"),
         (["--mode", "aggregate", "--streams", "2"], "--streams-weights"),
+        (["--class=--5"], "knows its classes by number only"),
     ],
 )
 def test_wrong_use_is_one_line(

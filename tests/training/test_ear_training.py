@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -317,10 +319,27 @@ def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:
         load_latents(replace(recipe, latents=str(tmp_path / "none")), fingerprint)
 
 
+def test_damaged_latents_are_not_trained_on(
+    recipe: EARRecipe, latents: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "latents"
+    shutil.copytree(latents, damaged)
+    (shard,) = damaged.glob("shard-*")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        train_ear(replace(recipe, latents=str(damaged)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"alpha": 2.5}, "alpha"),
+        ({"class_weight": math.inf}, "class_weight must be at least 0 and finite"),
+        ({"critic_rate": math.inf}, "critic_rate"),
+        ({"learning_rate": math.inf}, "learning_rate"),
         ({"samples": 1}, "samples"),
         ({"batch": 0}, "batch"),
         ({"streams": (0,)}, "streams"),

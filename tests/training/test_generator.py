@@ -264,6 +264,19 @@ def test_the_quantisers_loss_is_that_of_the_paper() -> None:
     torch.testing.assert_close(latent.grad, -0.25 * 2 * error / error.numel())
 
 
+def test_a_tokenizer_alone_draws_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grid.png"
+    for name, code in (("tokenizer", 2), ("var", 0)):
+        weights = str(trained / f"{name}.safetensors")
+        assert (
+            main(["generate", "--checkpoint", weights, "--class", "0", "--out", str(out)]) == code
+        )
+        assert ("name var.safetensors" in capsys.readouterr().err) == (name == "tokenizer")
+        assert out.exists() == (name == "var")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="several processes need the extra 'train'")
