@@ -248,6 +248,25 @@ def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     check_output(tmp_path / "new" / "file.json")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["reconstruct", "{photo}", "--out", "{out}"],
+        ["encode", "{photo}", "{out}"],
+        ["decode", "nothing", "{out}"],
+        ["train", "autoencoder", "--images", "{photo}", "--out", "{out}"],
+    ],
+)
+@pytest.mark.parametrize("name", ["file", "file/folder", "file/a/b"])
+def test_where_no_folder_can_be_is_told_before_the_work(
+    words: list[str], name: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([word.format(photo=photo, out=tmp_path / name) for word in words]) == 2
+    told = "name a folder" if name == "file" else "nothing can be written in"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_inference_never_imports_training() -> None:
     code = (
         "import sys\n"

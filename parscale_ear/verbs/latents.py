@@ -13,6 +13,7 @@ from parscale_ear.verbs.common import (
     add_device,
     add_processes,
     add_weights,
+    check_folder,
     positive,
     weights_of,
 )
@@ -78,6 +79,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and device.type == "cuda" and device.index is None:
         device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    check_folder(arguments.out)
     refs = find_images([arguments.images])
     with tqdm(total=len(refs), unit="image", disable=rank > 0) as bar:
         result = encode_folder(
@@ -126,6 +128,7 @@ def _decode(arguments: argparse.Namespace) -> int:
     from parscale_ear.parallel import worker_devices
 
     device = resolve_device(arguments.device)
+    check_folder(arguments.out)
     with tqdm(total=len(LatentDataset(arguments.latents)), unit="image") as bar:
         written = decode_folder(
             arguments.latents,

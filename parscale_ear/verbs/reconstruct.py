@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from parscale_ear.verbs.common import Verbs, add_device, add_weights, weights_of
+from parscale_ear.verbs.common import Verbs, add_device, add_weights, check_folder, weights_of
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -37,8 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     device = resolve_device(arguments.device)
     refs = pictures.find_images(arguments.images)
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise UsageError(f"--out {arguments.out} is a file; name a folder")
+    check_folder(arguments.out)
     if any(Path(searched).resolve() == arguments.out.resolve() for searched in arguments.images):
         raise UsageError(
             f"--out {arguments.out} holds the pictures themselves; name another folder"

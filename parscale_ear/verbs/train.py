@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from parscale_ear.verbs.common import STOPPED, Verbs, add_device
+from parscale_ear.verbs.common import STOPPED, Verbs, add_device, check_folder
 
 PICTURES = "files, folders, tars, or hf:DATASET[:SPLIT]"
 LABELLED = "folders of class folders, tars, or hf:DATASET[:SPLIT]"
@@ -257,6 +257,7 @@ def _train(train: Callable[[], bool], out: Path) -> int:
     from parscale_ear.training.distributed import leave_world
     from parscale_ear.training.loop import DivergedError, TrainingError
 
+    check_folder(out)
     try:
         finished = train()
     except DivergedError as error:  # no mistake in what was asked for
