@@ -287,7 +287,7 @@ def _generation(
         _table(tables.HEAD, tables.rows(figures, ceiling)),
         *(f"<p>{html.escape(note)}</p>" for note in tables.generation_notes(figures)),
         _table(tables.CLASS_HEAD, tables.class_rows(figures)),
-        "<h3>Judged on more pictures, before they shipped</h3>",
+        "<h3>Judged on more pictures, on record</h3>",
     ]
     judged, why = _evidence.shipped_judgement()
     if judged is None:

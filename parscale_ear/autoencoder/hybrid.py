@@ -106,7 +106,7 @@ class HybridLatent(nn.Module):
         unknown = {branches} if isinstance(branches, str) else set(branches) - BRANCHES
         if unknown:
             raise ValueError(
-                f"branches must be a subset of {sorted(BRANCHES)}, got {sorted(unknown)}"
+                f"branches must be a set or list out of {sorted(BRANCHES)}, got {branches!r}"
             )
         enhanced = latent
         if "coarse" in branches and self.coarse is not None:

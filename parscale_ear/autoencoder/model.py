@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -397,5 +398,6 @@ def _inside(size: Any, full: tuple[int, int]) -> bool:
     return (
         isinstance(size, Sequence)
         and len(size) == 2
-        and all(isinstance(n, int) and 0 < n <= most for n, most in zip(size, full, strict=True))
+        and all(isinstance(n, Integral) for n in size)  # NumPy's integers, too
+        and all(0 < int(n) <= most for n, most in zip(size, full, strict=True))
     )

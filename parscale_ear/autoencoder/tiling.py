@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W height and width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 from torch import Tensor
 
@@ -79,6 +80,7 @@ def check_tile(tile: int, stride: int) -> int:
     Raises:
         ValueError: it is not a multiple of the stride, or below one.
     """
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < stride or tile % stride:
+    # NumPy's integers are as good as Python's.
+    if isinstance(tile, bool) or not isinstance(tile, Integral) or tile < stride or tile % stride:
         raise ValueError(f"tile must be a multiple of {stride} pixels, got {tile!r}")
-    return tile // stride
+    return int(tile) // stride

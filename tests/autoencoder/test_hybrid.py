@@ -22,7 +22,7 @@ def test_is_the_sum_of_its_branches(hybrid: HybridLatent) -> None:
 
 @pytest.mark.parametrize("branches", ["coarse", {"coars"}, ["fine", "both"]])
 def test_refuses_unknown_branches(hybrid: HybridLatent, branches: object) -> None:
-    with pytest.raises(ValueError, match=r"subset of \['coarse', 'fine'\]"):
+    with pytest.raises(ValueError, match=r"a set or list out of \['coarse', 'fine'\]"):
         hybrid(torch.zeros(1, 4, 8, 8), branches)
 
 

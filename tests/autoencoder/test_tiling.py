@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,14 @@ def test_tiles_with_padding_and_in_half_precision(shipped: ParScaleEAR) -> None:
         assert tiled.dtype == torch.bfloat16
         torch.testing.assert_close(tiled, half(x.bfloat16(), pad=True), atol=0.05, rtol=0)
         torch.testing.assert_close(tiled.float(), whole, atol=0.15, rtol=0)
+
+
+def test_numpys_integers_are_as_good(tiny: ParScaleEAR) -> None:
+    latent = torch.randn(1, 4, 6, 6)
+    with torch.inference_mode():
+        expected = tiny.decode(latent, size=(90, 80), tile=32)
+        found = tiny.decode(latent, size=(np.int64(90), np.int32(80)), tile=np.int64(32))  # type: ignore[arg-type]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("tile", [0, -16, 8, 100, 1.5, True])
