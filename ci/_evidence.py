@@ -31,6 +31,7 @@ LEVEL = 0.95  # of the interval over seeds
 SAME_TIME = 0.02  # part by which trainings of the same time may differ: a last step's length
 LEAST_ACCURACY = 0.4  # of drawn pictures in their own class among the ten
 LEAST_APART = 0.9  # of held-out real pictures' distance to the nearest training picture
+MOST_COPIED = 1.05  # times as often as chance would have it; a generator that copies: 1.21
 LEAST_MANY_SIDED = 0.8  # of what real pictures of a class have
 VERDICTS = {  # variant → what its difference to the hybrid tells
     "LiteVAE": "LiteVAE alone − hybrid, trained alike",
@@ -135,11 +136,13 @@ def judged_targets(
     apart = "nearest 1 % to a training picture: drawn over held-out real pictures, distance"
     other = "nearest other picture of the class: drawn over held-out real pictures, distance"
     dimensions = "effective dimensions of a class: drawn over held-out real pictures"
+    copied = "nearest of all real pictures is a training one: share of the drawn over chance's"
     limits = {
         accuracy: f"≥ {LEAST_ACCURACY}",
         apart: f"≥ {LEAST_APART}",
         other: f"≥ {LEAST_MANY_SIDED}",
         dimensions: f"≥ {LEAST_MANY_SIDED}",
+        copied: f"≤ {MOST_COPIED}",
     }
     why = "judged in a full run only" if quick else foreign(evidence, weights, decoder)
     if why or evidence is None:
@@ -151,12 +154,19 @@ def judged_targets(
         f"real ones through the autoencoder {ceiling:.3f}"
     )
     alike, sides = evidence["nearest_of_its_class"], evidence["effective_dimensions"]
+    nearest = evidence["nearest_is_from_training"]
     ratio = alike["drawn"]["q0.5"] / alike["held_out"]["q0.5"]
     return [
         ci.at_least(accuracy, row["value"], LEAST_ACCURACY, why=said),
         ci.at_least(apart, near["drawn"] / near["held_out"], LEAST_APART),
         ci.at_least(other, ratio, LEAST_MANY_SIDED, why="medians; lower: it repeats itself"),
         ci.at_least(dimensions, sides["drawn"] / sides["held_out"], LEAST_MANY_SIDED),
+        ci.at_most(
+            copied,
+            nearest["value"] / nearest["by_chance"],
+            MOST_COPIED,
+            why=f"{nearest['value']:.1%}, by chance {nearest['by_chance']:.1%}",
+        ),
     ]
 
 
@@ -164,7 +174,7 @@ def interval_method(evidence: Mapping[str, Any]) -> str:
     """How intervals over pictures were made, for a reader."""
     if evidence.get("intervals") == "jackknife":
         return "jackknife over pictures"
-    return "bootstrap over pictures, which makes those of distances up to twice as wide as they ought to be"
+    return "bootstrap over pictures, for distances 1.1 to 2 times as wide as it ought to be in simulations"
 
 
 def head_targets(

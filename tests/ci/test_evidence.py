@@ -11,7 +11,7 @@ from ci._common import UsageError
 from ci._markdown import told
 
 
-def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
+def judged(accuracy: float, drawn: float, held_out: float, copied: float = 0.8) -> dict[str, Any]:
     row = {"value": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
     return {
         "weights_sha256": "ours",
@@ -22,18 +22,17 @@ def judged(accuracy: float, drawn: float, held_out: float) -> dict[str, Any]:
         "nearest_training_picture": {"drawn": {"q0.01": drawn}, "held_out": {"q0.01": held_out}},
         "nearest_of_its_class": {"drawn": {"q0.5": 8.5}, "held_out": {"q0.5": 10.0}},
         "effective_dimensions": {"drawn": 20.0, "held_out": 30.0},
+        "nearest_is_from_training": {"value": copied, "by_chance": 0.8},
     }
 
 
 @pytest.mark.parametrize(
     ("evidence", "expected"),
     [
-        (judged(0.41, 5.0, 5.0), ["PASS", "PASS", "PASS", "MISSED"]),
-        (judged(0.39, 5.0, 5.0), ["MISSED", "PASS", "PASS", "MISSED"]),
-        (
-            judged(0.9, 0.5, 5.0),
-            ["PASS", "MISSED", "PASS", "MISSED"],
-        ),  # copies of training pictures
+        (judged(0.41, 5.0, 5.0), ["PASS", "PASS", "PASS", "MISSED", "PASS"]),
+        (judged(0.39, 5.0, 5.0), ["MISSED", "PASS", "PASS", "MISSED", "PASS"]),
+        (judged(0.9, 0.5, 5.0), ["PASS", "MISSED", "PASS", "MISSED", "PASS"]),  # exact copies
+        (judged(0.9, 5.0, 5.0, 0.9), ["PASS", "PASS", "PASS", "MISSED", "MISSED"]),  # rough ones
     ],
 )
 def test_a_judgement_decides(evidence: dict[str, Any], expected: list[str]) -> None:
@@ -71,7 +70,7 @@ def test_no_judgement_of_these_weights_is_no_pass(
     evidence: dict[str, Any] | None, why: str
 ) -> None:
     targets = _evidence.judged_targets(evidence, "theirs", "its", quick=False)
-    assert len(targets) == 4
+    assert len(targets) == 5
     for target in targets:
         assert target.status == "SKIPPED"
         assert why in target.why
@@ -79,7 +78,7 @@ def test_no_judgement_of_these_weights_is_no_pass(
 
 def test_a_judgement_of_another_decoder_is_no_pass() -> None:
     targets = _evidence.judged_targets(judged(0.9, 5, 5), "ours", "another's", quick=False)
-    assert len(targets) == 4
+    assert len(targets) == 5
     for target in targets:
         assert target.status == "SKIPPED"
         assert "another decoder" in target.why
