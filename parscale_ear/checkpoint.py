@@ -27,7 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
-RESERVED = {"format", "kind", "config", "sha256"}  # entries of every header
+RESERVED = {
+    "format",
+    "kind",
+    "config",
+    "sha256",
+    "shared",
+}  # entries of headers that say how to read
+WEIGHTS_FILE = "model.safetensors"  # in a folder
 HEADER = "parscale_ear"
 KEPT = 24  # characters of a file's name that its temporary file has, at most four bytes each
 
@@ -115,10 +122,7 @@ def save(
 
     Raises:
         OSError: it could not be written (a full disk, say).
-        ValueError: a fact has the name of an entry that every header has.
     """
-    if taken := RESERVED & facts.keys():
-        raise ValueError(f"facts must have other names than {', '.join(sorted(taken))}")
     header = {**facts, "format": FORMAT, "kind": kind, "config": config}
     header = json.loads(json.dumps(header))
     header["sha256"] = digest(tensors, header)
@@ -131,13 +135,54 @@ def save(
     return str(header["sha256"])
 
 
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A weight file, or the one in a folder."""
+    path = Path(path)
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    **own: Any,
+) -> Path:
+    """What every model's ``save_pretrained`` does.
+
+    Args:
+        path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
+        tensors: the model's.
+        facts: the caller's header entries.
+        kind: the class that can read the file.
+        config: its JSON-serialisable config.
+        own: the model's header entries.
+
+    Returns:
+        The file written.
+
+    Raises:
+        OSError: it could not be written; what was there stays.
+        ValueError: a fact has the name of an entry that the header has already.
+    """
+    if taken := (RESERVED | own.keys()) & facts.keys():
+        raise ValueError(f"facts must have other names than {', '.join(sorted(taken))}")
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.is_dir():
+        path = path / WEIGHTS_FILE
+    save(path, tensors, kind=kind, config=config, **own, **facts)
+    return path
+
+
 def load(
     path: str | os.PathLike[str], *, kind: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file that :func:`save` wrote.
 
     Args:
-        path: the file.
+        path: the file, or a folder with ``model.safetensors``.
         kind: the kind it must be of; None takes any.
 
     Returns:
@@ -147,7 +192,7 @@ def load(
         CheckpointError: missing, truncated, foreign, of another kind or format, or changed
             since it was written.
     """
-    path = Path(path)
+    path = resolve(path)
     with _opened(path) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -169,7 +214,7 @@ def read_kind(path: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: missing, truncated, foreign or of another format.
     """
-    path = Path(path)
+    path = resolve(path)
     with _opened(path) as file:
         metadata = file.metadata() or {}
     return str(_header(path, metadata)["kind"])

@@ -8,16 +8,12 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from parscale_ear import __version__
 from parscale_ear.verbs import evaluate, generate, latents, reconstruct, train
-from parscale_ear.verbs.common import STOPPED
+from parscale_ear.verbs.common import STOPPED, import_torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     # PyTorch is imported below this line, so that --help and mistakes answer at once.
-    with _stopped_at_once():
-        import numpy  # noqa: F401 - now, as nothing may interrupt it
-        import torch  # noqa: F401
+    import_torch()
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.images import ImageError
     from parscale_ear.device import UsageError, out_of_memory
@@ -72,27 +66,6 @@ def _run(arguments: argparse.Namespace) -> int:
     except (ModuleNotFoundError, ValueError, OverflowError, OSError) as error:
         print(f"parscale-ear: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
-
-
-@contextmanager
-def _stopped_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process: while C code imports numpy, an exception would be lost or garbled."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        os.write(2, b"parscale-ear: stopped\n")
-        os._exit(STOPPED)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or (
-        threading.current_thread() is not threading.main_thread()
-    ):
-        yield
-        return
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _tell_of_slow_bf16(arguments: argparse.Namespace) -> None:

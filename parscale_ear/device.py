@@ -44,8 +44,12 @@ def resolve_device(name: str) -> torch.device:
 @contextmanager
 def exact_fp32() -> Iterator[None]:
     """Within it FP32 on CUDA is FP32: PyTorch lets cuDNN's convolutions round to TF32 otherwise."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
         yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def out_of_memory(error: BaseException) -> bool:

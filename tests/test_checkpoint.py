@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,14 +108,29 @@ def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
             ParScaleEAR.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["sha256", "format"])
-def test_facts_do_not_take_the_place_of_entries_that_are_checked(name: str, tmp_path: Path) -> None:
-    facts = {name: 1}
+@pytest.mark.parametrize(
+    "name", ["sha256", "format", "kind", "config", "shared", "latent_fingerprint"]
+)
+def test_facts_do_not_take_the_place_of_the_headers_own_entries(
+    name: str, tiny: ParScaleEAR, tmp_path: Path
+) -> None:
+    facts: dict[str, Any] = {name: "1", "note": "mine"}
     with pytest.raises(ValueError, match=f"other names than {name}"):
-        checkpoint.save(
-            tmp_path / "x.safetensors", {"a": torch.zeros(1)}, kind="K", config={}, **facts
-        )
+        tiny.save_pretrained(tmp_path / "x.safetensors", **facts)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_as_good_as_a_file(tiny: ParScaleEAR, tmp_path: Path) -> None:
+    (tmp_path / "odd.safetensors").mkdir()
+    for place in (tmp_path / "new", tmp_path, tmp_path / "odd.safetensors"):
+        path = tiny.save_pretrained(place)
+        assert path == place / "model.safetensors"
+        assert checkpoint.read_kind(place) == "ParScaleEAR"
+        for name, tensor in checkpoint.load(place)[0].items():
+            assert torch.equal(tensor, tiny.state_dict()[name])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty/model\.safetensors: no such weight file"):
+        checkpoint.load(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])

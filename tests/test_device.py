@@ -42,6 +42,12 @@ def test_fp32_is_exact_while_asked_for() -> None:
     assert torch.backends.cudnn.allow_tf32 == before
 
 
+def test_other_settings_of_cudnn_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with device.exact_fp32():
+        assert torch.backends.cudnn.deterministic
+
+
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:130", "cuda:256"])
 def test_a_gpu_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

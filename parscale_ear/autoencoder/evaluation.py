@@ -84,9 +84,12 @@ def evaluate(
     """
     if not refs:
         raise ImageError("there are no pictures to evaluate")
+    if not devices:
+        raise ValueError("devices must name at least one")
     # The extractor is found (and fetched) once, before processes start.
     extractor, note = load_extractor(options.features, weights=options.inception_weights)
     options = replace(options, features=extractor.name)  # type: ignore[arg-type]
+    del extractor  # every process has its own
     shares = [
         _Share(list(refs[k :: len(devices)]), options, device)
         for k, device in enumerate(devices)

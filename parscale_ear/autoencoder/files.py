@@ -20,7 +20,6 @@ from parscale_ear import checkpoint
 
 Variant = Literal["hybrid", "baseline"]
 Decoder = Literal["faithful", "sharp"]
-WEIGHTS_FILE = "model.safetensors"
 DEFAULT_DECODER: Decoder = "faithful"
 SHIPPED: dict[tuple[str, str], str] = {
     ("hybrid", "faithful"): "hybrid.safetensors",
@@ -48,19 +47,14 @@ def shipped_weights(variant: Variant = "hybrid", decoder: Decoder | None = None)
     return Path(str(resources.files("parscale_ear") / "weights" / SHIPPED[variant, decoder]))
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """A weight file, or the one in a folder."""
-    path = Path(path)
-    return path / WEIGHTS_FILE if path.is_dir() else path
-
-
-def read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a weight file, with what it shares with its neighbour.
 
     Raises:
         CheckpointError: the file or its neighbour is missing or damaged, or the neighbour is of
             another release.
     """
+    path = checkpoint.resolve(path)
     tensors, header = checkpoint.load(path, kind=kind)
     shared: Mapping[str, Any] | None = header.get("shared")
     if shared is None:

@@ -80,6 +80,22 @@ class FineBranch(nn.Module):
         return self.project(F.silu(x))  # type: ignore[no-any-return]
 
 
+def check_branches(branches: Collection[str]) -> None:
+    """Checks which branches are asked for.
+
+    Raises:
+        ValueError: they are not a set or list of :data:`BRANCHES`.
+    """
+    if (
+        isinstance(branches, str)
+        or not isinstance(branches, Collection)
+        or set(branches) - BRANCHES
+    ):
+        raise ValueError(
+            f"branches must be a set or list out of {sorted(BRANCHES)}, got {branches!r}"
+        )
+
+
 class HybridLatent(nn.Module):
     """``z + coarse(z) + fine(z)``; either branch can be left out without touching weights."""
 
@@ -103,11 +119,7 @@ class HybridLatent(nn.Module):
         Raises:
             ValueError: ``branches`` names something else.
         """
-        unknown = {branches} if isinstance(branches, str) else set(branches) - BRANCHES
-        if unknown:
-            raise ValueError(
-                f"branches must be a set or list out of {sorted(BRANCHES)}, got {branches!r}"
-            )
+        check_branches(branches)
         enhanced = latent
         if "coarse" in branches and self.coarse is not None:
             enhanced = enhanced + self.coarse(latent)

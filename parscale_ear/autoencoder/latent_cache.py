@@ -28,9 +28,10 @@ from parscale_ear.data.images import (
     ImageRef,
     class_names,
     from_uint8,
+    list_digest,
 )
 from parscale_ear.data.reading import add_skipped, read_batches
-from parscale_ear.device import DTYPES, check_finite
+from parscale_ear.device import DTYPES, check_finite, exact_fp32
 from parscale_ear.parallel import Progress, run_shares
 
 LOOKAHEAD = 4  # batches that are read ahead of the model
@@ -79,7 +80,7 @@ class CacheResult:
 
 def encode_folder(
     refs: Sequence[ImageRef],
-    out: Path,
+    out: str | Path,
     options: CacheOptions,
     *,
     weights: Path | None = None,
@@ -108,26 +109,30 @@ def encode_folder(
     Raises:
         CheckpointError: ``out`` holds other latents, or the weights cannot be used.
         ImageError: there are no pictures, or none can be read.
+        ValueError: ``rank`` is out of range, or there are no devices.
         WorkerError: a process failed.
     """
+    out = Path(out)
     if not 0 <= rank < world:
         raise ValueError(f"rank must be in [0, {world}), got {rank}")
+    if not devices:
+        raise ValueError("devices must name at least one")
     if not refs:
         raise ImageError("there are no pictures to encode")
-    names = [f"{ref.origin}\t{ref.relative}\t{ref.label}" for ref in refs]
     model = ParScaleEAR.from_pretrained(weights)
     classes = [name for name in class_names(refs) if name]
     job = {
         **asdict(options),
         "latent_fingerprint": model.latent_fingerprint(),
         "pictures": len(refs),
-        "list_sha256": store.list_digest(names),
+        "list_sha256": list_digest(refs),
     }
     with _claimed(out, job, classes):
         starts = range(0, len(refs), options.shard)
         missing: list[int] = []
         for number, start in enumerate(starts):
-            if _shard_done(out / store.shard_name(number), job):
+            path = out / store.shard_name(number)
+            if path.is_file() and _shard_header(path, job):
                 progress(min(options.shard, len(refs) - start))
             else:
                 missing.append(number)
@@ -202,6 +207,8 @@ def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> bool:
     path = out / store.INDEX_FILE
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
+    # Another job may be about to write the index; its unfinished file counts for nothing.
+    strangers = out.exists() and any(not p.name.endswith(".part") for p in out.iterdir())
     if path.exists():
         found = store.read_index(out)
         changed = sorted(k for k in job if found["job"].get(k) != job[k])
@@ -211,9 +218,7 @@ def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> bool:
                 "and options to go on, or name a new folder"
             )
         return False
-    # Another job may be about to write the index; its unfinished file counts for nothing.
-    strangers = out.exists() and any(not p.name.endswith(".part") for p in out.iterdir())
-    if strangers and not path.exists():
+    if strangers:
         raise checkpoint.CheckpointError(
             f"{out} is not empty and holds no latents; name a new folder"
         )
@@ -245,12 +250,16 @@ def _write_index(
     return index
 
 
-def _shard_done(path: Path, job: dict[str, Any]) -> bool:
-    if not path.is_file():
-        return False
-    if store.shard_header(path)["config"] != job:
+def _shard_header(path: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The header of a shard of this job.
+
+    Raises:
+        CheckpointError: it is damaged, or another job's.
+    """
+    header = store.shard_header(path)
+    if header["config"] != job:
         raise checkpoint.CheckpointError(f"{path}: of another job; delete it, or name a new folder")
-    return True
+    return header
 
 
 def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> dict[str, Any]:
@@ -262,7 +271,7 @@ def _finish(out: Path, job: dict[str, Any], classes: list[str], count: int) -> d
         there = [path for path in paths if path.is_file()]
         shards, skipped = [], {}
         for path in there:
-            header = store.shard_header(path)
+            header = _shard_header(path, job)
             shards.append(
                 {"file": path.name, "count": len(header["names"]), "sha256": header["sha256"]}
             )
@@ -348,6 +357,7 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
     return {"waited": waited, "busy": busy, "encoded": encoded}
 
 
+@exact_fp32()
 @torch.inference_mode()
 def encode_pictures(model: ParScaleEAR, pictures: Tensor) -> Tensor:
     """8-bit pictures (B, 3, H, W) → the posterior's mode (B, Z, h, w), on the CPU.
@@ -355,9 +365,8 @@ def encode_pictures(model: ParScaleEAR, pictures: Tensor) -> Tensor:
     Raises:
         ValueError: it has NaN or infinity in it.
     """
-    weight = next(model.parameters())
-    images = from_uint8(pictures.to(weight.device))
-    images = images.to(weight.dtype, memory_format=torch.channels_last)
+    images = from_uint8(pictures.to(model.device))
+    images = images.to(model.dtype, memory_format=torch.channels_last)
     latents = model.encode(images).mode().contiguous().cpu()
     check_finite(latents, "latents")
     return latents

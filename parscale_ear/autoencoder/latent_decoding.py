@@ -17,15 +17,15 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data import latents as store
 from parscale_ear.data.images import Namer, save_png
-from parscale_ear.device import DTYPES, check_finite
+from parscale_ear.device import DTYPES, check_finite, exact_fp32
 from parscale_ear.parallel import Progress, run_shares
 
 JOB_FILE = "decoded.json"  # what the pictures of a folder were decoded from
 
 
 def decode_folder(
-    folder: Path,
-    out: Path,
+    folder: str | Path,
+    out: str | Path,
     *,
     weights: Path | None = None,
     dtype: str = "fp32",
@@ -51,8 +51,16 @@ def decode_folder(
     Raises:
         CheckpointError: the latents are of another latent space than the model's, or damaged;
             or ``out`` holds something else.
+        ValueError: ``batch`` is below 1, ``dtype`` is unknown, or there are no devices.
         WorkerError: a process failed.
     """
+    folder, out = Path(folder), Path(out)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if dtype not in ("fp32", "fp16", "bf16"):
+        raise ValueError(f"dtype must be fp32, fp16 or bf16, got {dtype!r}")
+    if not devices:
+        raise ValueError("devices must name at least one")
     model = ParScaleEAR.from_pretrained(weights)
     data = store.LatentDataset(folder, fingerprint=model.latent_fingerprint())
     numbers = range(len(data.index["shards"]))
@@ -70,11 +78,14 @@ def decode_folder(
         },
     )
     try:
-        return sum(run_shares(_decode_share, shares, progress))
+        written = int(sum(run_shares(_decode_share, shares, progress)))
     except BaseException:
         if fresh and not any(out.rglob("*.png")):  # free for other latents
             (out / JOB_FILE).unlink(missing_ok=True)
         raise
+    for part in out.rglob(".*.part"):  # of jobs that were killed while writing
+        part.unlink(missing_ok=True)
+    return written
 
 
 def _claim(out: Path, job: dict[str, Any]) -> bool:
@@ -104,6 +115,7 @@ def _claim(out: Path, job: dict[str, Any]) -> bool:
     return False
 
 
+@exact_fp32()
 def _decode_share(share: Any, progress: Progress) -> int:
     """Decodes the shards of one process."""
     folder, out, weights, dtype, device, batch, shards = share
@@ -122,8 +134,7 @@ def _decode_share(share: Any, progress: Progress) -> int:
             part = rows[first : first + batch]
             stacked = torch.stack([data[k]["latent"] for k in part])
             with torch.inference_mode():
-                weight = next(model.parameters())
-                latent = stacked.to(weight.device, weight.dtype)
+                latent = stacked.to(model.device, model.dtype)
                 images = model.decode(model.enhance(latent)).float().cpu()
                 check_finite(images, "decoded pictures")
             for row, image in zip(part, images, strict=True):

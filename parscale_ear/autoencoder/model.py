@@ -19,15 +19,13 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.blocks import autocasts
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import (
-    WEIGHTS_FILE,
     Decoder,
     Variant,
     leave_out,
     read,
-    resolve,
     shipped_weights,
 )
-from parscale_ear.autoencoder.hybrid import BRANCHES, HybridLatent
+from parscale_ear.autoencoder.hybrid import BRANCHES, HybridLatent, check_branches
 from parscale_ear.autoencoder.litevae import STRIDE, LiteVAE
 from parscale_ear.autoencoder.posterior import LatentPosterior
 from parscale_ear.autoencoder.tiling import check_tile, run_tiled
@@ -147,6 +145,7 @@ class ParScaleEAR(LiteVAE):
         channels = self.config.litevae.latent_channels
         self._check(latent, "latent", channels, 1, check_finite)
         if self.hybrid is None:
+            check_branches(branches)
             return latent
         return self.hybrid(latent, branches)  # type: ignore[no-any-return]
 
@@ -247,6 +246,16 @@ class ParScaleEAR(LiteVAE):
 
     # --- what it costs ---
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
     def parameter_count(self) -> dict[str, int]:
         """Parameters of ``encoder``, ``hybrid`` and ``decoder``, and their ``total``."""
         counts = {
@@ -324,26 +333,18 @@ class ParScaleEAR(LiteVAE):
                 integers or of less than 16 bits, or a fact has a name that is taken.
         """
         checkpoint.check_stored_dtype(dtype)
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            path = path / WEIGHTS_FILE
         tensors = {
             name: tensor if dtype is None else tensor.to(dtype)
             for name, tensor in self.state_dict().items()
         }
         if bool(shared_parts) != bool(shared_file):
             raise ValueError("shared_parts and shared_file go together; give both or neither")
+        own: dict[str, Any] = {"latent_fingerprint": self.latent_fingerprint()}
         if shared_parts:
-            tensors, facts["shared"] = leave_out(tensors, shared_parts, shared_file)
-        checkpoint.save(
-            path,
-            tensors,
-            kind=type(self).__name__,
-            config=asdict(self.config),
-            latent_fingerprint=self.latent_fingerprint(),
-            **facts,
+            tensors, own["shared"] = leave_out(tensors, shared_parts, shared_file)
+        return checkpoint.save_model(
+            path, tensors, facts, kind=type(self).__name__, config=asdict(self.config), **own
         )
-        return path
 
     @classmethod
     def from_pretrained(
@@ -375,7 +376,7 @@ class ParScaleEAR(LiteVAE):
             raise ValueError(
                 "variant and decoder name shipped weights; leave them out where a path is given"
             )
-        path = shipped_weights(variant, decoder) if path is None else resolve(path)
+        path = shipped_weights(variant, decoder) if path is None else checkpoint.resolve(path)
         tensors, header = read(path, cls.__name__)
         try:
             model = cls(ParScaleEARConfig.from_dict(header["config"]))

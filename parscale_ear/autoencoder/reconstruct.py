@@ -13,9 +13,10 @@ from torch import Tensor
 from parscale_ear.autoencoder.hybrid import BRANCHES
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import from_uint8, to_uint8
-from parscale_ear.device import check_finite
+from parscale_ear.device import check_finite, exact_fp32
 
 
+@exact_fp32()
 @torch.inference_mode()
 def reconstruct_image(model: ParScaleEAR, image: Tensor, *, tile: int | None = None) -> Tensor:
     """One picture of any size through the model.
@@ -35,13 +36,13 @@ def reconstruct_image(model: ParScaleEAR, image: Tensor, *, tile: int | None = N
         ValueError: the picture or its reconstruction has NaN or infinity in it, or the picture a
             wrong shape.
     """
-    weight = next(model.parameters())
-    images = image[None].to(weight.device, weight.dtype)  # (1, 3, H, W)
+    images = image[None].to(model.device, model.dtype)  # (1, 3, H, W)
     restored = model(images, pad=True, tile=tile, check_finite=True)
     check_finite(restored, "reconstructions")  # before infinity becomes white
     return restored[0].clamp(-1, 1).float().cpu()  # type: ignore[no-any-return]
 
 
+@exact_fp32()
 @torch.inference_mode()
 def reconstruct_pictures(
     model: ParScaleEAR,
@@ -68,12 +69,11 @@ def reconstruct_pictures(
     Raises:
         ValueError: a reconstruction has NaN or infinity in it.
     """
-    weight = next(model.parameters())
     restored = []
     for part in torch.split(pictures, batch_size):
-        images = from_uint8(part.to(weight.device))  # (B, 3, H, W)
-        images = images.to(weight.dtype, memory_format=torch.channels_last)
-        with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
+        images = from_uint8(part.to(model.device))  # (B, 3, H, W)
+        images = images.to(model.dtype, memory_format=torch.channels_last)
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
             found = model(images, branches=branches)
         check_finite(found, "reconstructions")
         restored.append(to_uint8(found).cpu())

@@ -31,7 +31,9 @@ class HubRef(ImageRef):
     def open(self) -> Image.Image:
         """The picture as Pillow opens it (pixels not yet decoded)."""
         dataset, column = _open(str(self.path))
-        value = dataset[self.row][column]
+        with self._telling("not a readable row"):
+            # The column alone: others (masks, sound) would be decoded, too.
+            value = dataset.select_columns([column])[self.row][column]
         if value is None:
             reason = "no picture in this row"
             raise ImageError(f"{self.name}: {reason}", reason)

@@ -5,6 +5,7 @@ Shapes: B batch, H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -186,8 +187,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
-    """Every picture under the given files, folders, tar archives and datasets, sorted.
+def find_images(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[ImageRef]:
+    """Every picture under the given files, folders, tar archives and datasets (or one), sorted.
 
     A folder is searched deeply, for pictures and for tar archives (webdataset shards). In a tar,
     ``NAME.cls`` beside ``NAME.jpg`` gives its class. ``hf:PATH_OR_NAME[:SPLIT]`` is a dataset of
@@ -198,7 +201,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[ImageRef]:
             front of the damage are taken, and a warning is logged.
     """
     refs: list[ImageRef] = []
-    for text in paths:
+    for text in [paths] if isinstance(paths, str | os.PathLike) else paths:
         if str(text).startswith("hf:"):
             from parscale_ear.data.hub import hub_images
 
@@ -296,6 +299,12 @@ def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     return sorted(refs, key=lambda ref: ref.name)
 
 
+def list_digest(refs: Sequence[ImageRef]) -> str:
+    """SHA-256 of a list of pictures by their names and classes, in their order."""
+    names = [f"{ref.origin}\t{ref.relative}\t{ref.label}" for ref in refs]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def class_names(refs: Sequence[ImageRef]) -> list[str]:
     """Classes of pictures by name, numbers in the order of numbers; "" for those of none."""
     labels = {ref.label for ref in refs}
@@ -325,10 +334,14 @@ class Namer:
         return given
 
 
+def to_pixels(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
+    """8-bit RGB, (H, W, 3) → (3, H, W), 8-bit."""
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
 def to_tensor(picture: Image.Image | NDArray[np.uint8]) -> Tensor:
     """8-bit RGB, (H, W, 3) → (3, H, W), FP32 in [−1, 1]."""
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
-    return from_uint8(pixels.permute(2, 0, 1)).contiguous()
+    return from_uint8(to_pixels(picture))
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -394,11 +407,9 @@ def load_squares(refs: Iterable[ImageRef], side: int = 256) -> Tensor:
     squares = []
     for ref in refs:
         try:
-            square = resize_and_crop(ref.load(), side)
+            squares.append(to_pixels(resize_and_crop(ref.load(), side)))
         except ImageError as error:
             log.warning("skipped %s", error)
-            continue
-        squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     if not squares:
         raise ImageError("none of the pictures can be read")
     return torch.stack(squares)

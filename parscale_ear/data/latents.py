@@ -15,7 +15,6 @@ of pictures alone. So a job that was killed goes on with the shards that are mis
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -46,11 +45,6 @@ class LatentItem(TypedDict):
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:05d}.safetensors"
-
-
-def list_digest(names: Sequence[str]) -> str:
-    """SHA-256 of a list of pictures: the same list gives the same shards."""
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def write_shard(
@@ -146,8 +140,10 @@ class LatentDataset(Dataset[LatentItem]):
         Raises:
             CheckpointError: the folder is not finished, a shard is missing, or it is another
                 latent space.
-            ValueError: ``mirrored`` is asked for but not there.
+            ValueError: ``mirrored`` is asked for but not there, or ``fingerprint`` is no string.
         """
+        if not isinstance(fingerprint, str | None):
+            raise ValueError(f"fingerprint must be a string, got {fingerprint!r:.60}")
         self.folder = Path(folder).absolute()  # wherever the process goes
         self.index = read_index(self.folder)
         if not self.index["complete"]:

@@ -8,11 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from parscale_ear.data.images import ImageError, ImageRef, resize_and_crop
+from parscale_ear.data.images import ImageError, ImageRef, resize_and_crop, to_pixels
 
 
 def read_squares(
@@ -26,10 +24,9 @@ def read_squares(
 
     def load(ref: ImageRef) -> Tensor | str:
         try:
-            square = np.array(resize_and_crop(ref.load(), side))
+            return to_pixels(resize_and_crop(ref.load(), side))
         except ImageError as error:
             return error.reason
-        return torch.from_numpy(square).permute(2, 0, 1)
 
     with ThreadPoolExecutor(max_workers=max(1, readers)) as pool:
         pending: deque[tuple[ImageRef, Future[Tensor | str]]] = deque()

@@ -23,12 +23,12 @@ from parscale_ear.data.images import (
     ImageRef,
     find_images,
     resize_and_crop,
+    to_pixels,
     to_rgb,
-    to_uint8,
 )
-from parscale_ear.data.images import to_tensor as picture_to_tensor
 
 SIDE = 256
+WHEELS = "the wheels of scikit-image and matplotlib"  # in the source of their crops
 LEAST = 4  # pictures that a distance between two halves needs
 SHORT_SIDES = (256, 320, 400, 512)  # a crop's photograph is resized to one of these, never up
 
@@ -123,15 +123,15 @@ def wheel_reference(count: int = 256) -> ReferenceSet:
         while (which, position) in taken:  # a square photograph has one crop at the smallest scale
             crop, position = _crop(photograph, generators[which])
         taken.add((which, position))
-        pictures.append(to_uint8(picture_to_tensor(crop)))
+        pictures.append(to_pixels(crop))
         clusters.append(scenes.index(scene))
         names.append(f"{scene} {position}")
     return ReferenceSet(
         pictures=torch.stack(pictures),
         clusters=tuple(clusters),
         names=tuple(names),
-        source=f"{count} crops of {len(photographs)} photographs ({len(scenes)} scenes) in the "
-        f"wheels of scikit-image and matplotlib: {', '.join(scenes)}",
+        source=f"{count} crops of {len(photographs)} photographs ({len(scenes)} scenes) in "
+        f"{WHEELS}: {', '.join(scenes)}",
         warning=f"only {len(scenes)} scenes: the distance compares models, it is not a benchmark",
     )
 
@@ -154,7 +154,7 @@ def wheel_squares(side: int) -> tuple[Tensor, str]:
     """
     photographs = [p for _, p in wheel_photographs() if min(p.size) >= side]
     if len(photographs) >= LEAST:
-        squares = [to_uint8(picture_to_tensor(resize_and_crop(p, side))) for p in photographs]
+        squares = [to_pixels(resize_and_crop(p, side)) for p in photographs]
         return torch.stack(squares), f"{len(squares)} photographs"
     if side % 2 or side < 2 * LEAST:
         raise ValueError(f"no photographs of {side} pixels, nor squares of half of it")
@@ -226,7 +226,7 @@ def _from_refs(refs: list[ImageRef], count: int, source: str) -> ReferenceSet:
         except ImageError:
             damaged.append(ref.stem)
             continue
-        pictures.append(to_uint8(picture_to_tensor(crop)))
+        pictures.append(to_pixels(crop))
         names.append(ref.stem)
     if len(pictures) < LEAST:
         raise ImageError(f"{source}: at least {LEAST} readable pictures are needed")

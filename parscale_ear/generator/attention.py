@@ -26,26 +26,6 @@ LEAST_LENGTH = 1e-12  # of a query or key that is made a unit vector
 MAX_LOG_SCALE = math.log(100)  # limit of a head's learned scale under L2-normalised attention
 
 
-def kv_cache_bytes(
-    *,
-    depth: int,
-    width: int,
-    tokens: int,
-    rows: int,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Bytes that the cache of one generation allocates: keys and values of every layer.
-
-    Args:
-        depth: layers.
-        width: of the transformer; all heads together.
-        tokens: slots a row, prefix included.
-        rows: batch × streams, doubled under guidance.
-        dtype: of keys and values.
-    """
-    return 2 * depth * rows * tokens * width * dtype.itemsize
-
-
 class Cache(Protocol):
     """What attention needs of a cache."""
 
@@ -81,7 +61,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Allocates ``kv_cache_bytes(...)`` bytes; the slots' content is undefined until written.
+        """Allocates; the slots' content is undefined until written.
 
         Args:
             depth: layers.
@@ -206,7 +186,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(spare_pages.take(size), dtype=dtype).view(shape)
+    try:
+        pages = spare_pages.take(size)
+    except OSError:  # there is not so much; PyTorch's own error says so in the usual way
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class SelfAttention(nn.Module):

@@ -13,7 +13,7 @@ Model with a Bad Version of Itself", NeurIPS 2024, do on purpose.)
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -140,6 +140,31 @@ class NextScaleGenerator(nn.Module):
 
     transformer: NextScaleTransformer
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's weights."""
+        return self.transformer.positions.dtype
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are packed (``VAR.pack``)."""
+        return any(isinstance(module, PackedLinear) for module in self.modules())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What casts and moves call.
+
+        Raises:
+            ValueError: the model is packed.
+        """
+        if self.packed:  # before anything of it is cast or moved
+            raise ValueError("a packed model cannot be cast or moved; do so before pack()")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def label_tensor(self, labels: Labels) -> Tensor:
         """Labels as the transformer takes them.
 
@@ -168,7 +193,7 @@ class NextScaleGenerator(nn.Module):
                     f"labels must be integers in 0..{classes - 1} or None, got {value!r}"
                 )
             filled.append(label)
-        return torch.tensor(filled, device=self.transformer.positions.device)
+        return torch.tensor(filled, device=self.device)
 
     def compile(self, **options: Any) -> None:
         """Compiles the blocks for generation, in place; the first pictures then take minutes.
@@ -180,7 +205,7 @@ class NextScaleGenerator(nn.Module):
         Raises:
             ValueError: the model is packed.
         """
-        if any(isinstance(module, PackedLinear) for module in self.modules()):
+        if self.packed:
             raise ValueError("a packed model cannot be compiled; compile it instead of pack()")
         for block in self.transformer.layers():
             block.attention.compile_around_cache()
@@ -227,7 +252,7 @@ class NextScaleGenerator(nn.Module):
             return 1, None
         count = stream_count(streams)
         if isinstance(streams, ParallelStreams):
-            streams.check_fits(self.transformer.config, self.transformer.positions.device)
+            streams.check_fits(self.transformer.config, self.device)
             return count, streams
         if mode == "aggregate" and count > 1:
             raise ValueError(
@@ -271,7 +296,7 @@ class NextScaleGenerator(nn.Module):
         count = 1 if streams is None else streams.count
         prefix = None
         if streams is not None:
-            streams.check_fits(transformer.config, transformer.positions.device)
+            streams.check_fits(transformer.config, self.device)
             prefix = streams.prefixes(len(labels) * count)
         condition = transformer.condition(labels.repeat_interleave(count))
         x = transformer.teacher_input(maps.repeat_interleave(count, dim=0), condition)

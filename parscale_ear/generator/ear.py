@@ -111,9 +111,9 @@ class EnergyAR(NextScaleGenerator):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EnergyAR:
         """Moves the autoencoder along, but keeps its dtype."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._autoencoder:
-            self._autoencoder[0].to(self.transformer.positions.device)
+            self._autoencoder[0].to(self.device)
         return self
 
     @torch.no_grad()
@@ -124,8 +124,7 @@ class EnergyAR(NextScaleGenerator):
             ValueError: no autoencoder is attached, or a picture has NaN or infinity in it.
         """
         autoencoder = self.autoencoder
-        weight = next(autoencoder.parameters())
-        latents = latents.to(weight.device, weight.dtype)
+        latents = latents.to(autoencoder.device, autoencoder.dtype)
         pictures = autoencoder.decode(autoencoder.enhance(latents)).float()
         check_finite(pictures, "decoded pictures")  # before infinity becomes white
         return pictures.clamp(-1, 1)
@@ -328,7 +327,8 @@ class EnergyAR(NextScaleGenerator):
                 None: what the weights recommend (``recommended``).
             temperature: of the head's noise, in [0, 1]; below 1: less varied, 0: none; None: what
                 the weights recommend.
-            generator: of the noise, on the model's device; None: PyTorch's own.
+            generator: of the noise, on any device (on the CPU: the same noise
+                everywhere); None: PyTorch's own.
             streams: P streams in one pass: trained prefixes, or a number P of plain streams
                 (``mode="diverse"``). None: the plain model.
             mode: ``"diverse"``: every stream draws for itself; ``"aggregate"``: one picture from
@@ -383,7 +383,7 @@ class EnergyAR(NextScaleGenerator):
         """Writes weights, config and the latent space's fingerprint as one safetensors file.
 
         Args:
-            path: the file.
+            path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
             dtype: store the weights in this dtype; the pyramid's statistics stay in FP32.
             facts: further JSON-serialisable header entries (recipe, figures ...).
 
@@ -392,21 +392,19 @@ class EnergyAR(NextScaleGenerator):
                 is taken.
         """
         checkpoint.check_stored_dtype(dtype)
-        path = Path(path)
         tensors = {
             name: tensor if dtype is None or name.startswith("pyramid.") else tensor.to(dtype)
             for name, tensor in self.state_dict().items()
         }
-        checkpoint.save(
+        return checkpoint.save_model(
             path,
             tensors,
+            facts,
             kind="EnergyAR",
             config=asdict(self.config),
             latent_fingerprint=self.latent_fingerprint,
             recommended=self.recommended,
-            **facts,
         )
-        return path
 
     @classmethod
     def load(

@@ -65,8 +65,12 @@ def _distance(first: Tensor, second: Tensor, alpha: float) -> Tensor:
 def uniform_noise(
     shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Noise that is uniform in [−½, ½], in the dtype and on the device of ``like``."""
-    return (torch.rand(*shape, generator=generator, device=like.device) - 0.5).to(like.dtype)
+    """Noise that is uniform in [−½, ½], in the dtype and on the device of ``like``.
+
+    A generator may be on any device; one on the CPU gives the same noise everywhere.
+    """
+    device = like.device if generator is None else generator.device
+    return (torch.rand(*shape, generator=generator, device=device) - 0.5).to(like)
 
 
 def split_bands(

@@ -7,14 +7,15 @@ Shapes: B batch, Z channels, h w latent height and width, K scales, T tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale_ear.device import exact_fp32
 from parscale_ear.generator.precision import KeepsFloat32
 
 COMMITMENT = 0.25  # weight of the latent's move towards its quantised form
@@ -51,9 +52,11 @@ class MultiScaleQuantizer(KeepsFloat32):
         """Z."""
         return self.codebook.embedding_dim
 
-    def _exactly(self) -> AbstractContextManager[object]:
-        """Keeps autocast out."""
-        return torch.autocast(self.codebook.weight.device.type, enabled=False)
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Keeps autocast and TF32 out."""
+        with torch.autocast(self.codebook.weight.device.type, enabled=False), exact_fp32():
+            yield
 
     def _smooth(self, scale: int, features: Tensor) -> Tensor:
         """φ of a scale: the convolution whose tick is nearest to the scale's place in 0..1."""

@@ -5,7 +5,7 @@ Shapes: R rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def check_sampling(top_k: int | None, top_p: float, guidance: float) -> None:
     """
     if top_k is not None and (not isinstance(top_k, Integral) or top_k < 0):
         raise ValueError(f"top_k must be at least 1, a whole number, or 0 for all, got {top_k!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
     check_guidance(guidance)
 
 
@@ -29,20 +29,20 @@ def check_guidance(guidance: float) -> None:
     """Checks the weight of guidance.
 
     Raises:
-        ValueError: it is below 0 or not finite.
+        ValueError: it is below 0, not finite or no number.
     """
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance must be at least 0 and finite, got {guidance}")
+    if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance must be at least 0 and finite, got {guidance!r}")
 
 
 def check_temperature(temperature: float) -> None:
     """Checks the temperature of a draw.
 
     Raises:
-        ValueError: it is not in [0, 1].
+        ValueError: it is no number in [0, 1].
     """
-    if not 0 <= temperature <= 1:
-        raise ValueError(f"temperature must be in [0, 1], got {temperature}")
+    if not isinstance(temperature, Real) or not 0 <= temperature <= 1:
+        raise ValueError(f"temperature must be in [0, 1], got {temperature!r}")
 
 
 def guided(conditional: Tensor, unconditional: Tensor, weight: float | Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def sample_tokens(
         logits: (R, T, V), FP32.
         top_k: keep as many of the likeliest tokens; None or 0: all.
         top_p: keep the likeliest tokens up to this probability; 1: all.
-        generator: of the draw, on the device of ``logits``; None: PyTorch's own.
+        generator: of the draw, on any device (on the CPU: the same noise everywhere); None: PyTorch's own.
 
     Returns:
         (R, T), int64.
@@ -86,7 +86,9 @@ def sample_tokens(
     if top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # what is likelier than a token
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    device = probabilities.device if generator is None else generator.device
+    noise = torch.empty(probabilities.shape, dtype=probabilities.dtype, device=device)
+    noise = noise.exponential_(generator=generator).to(probabilities.device)
     drawn = (probabilities / noise).argmax(dim=-1)  # (R, T)
     if names is None:
         return drawn

@@ -233,15 +233,15 @@ class ParallelStreams(nn.Module):
         """Writes parameters and config as one safetensors file.
 
         Args:
-            path: the file.
+            path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
             facts: further JSON-serialisable header entries (recipe, backbone's digest ...).
+
+        Raises:
+            ValueError: a fact has a name that is taken.
         """
-        path = Path(path)
-        tensors = dict(self.state_dict())
-        checkpoint.save(
-            path, tensors, kind=type(self).__name__, config=asdict(self.config), **facts
+        return checkpoint.save_model(
+            path, self.state_dict(), facts, kind=type(self).__name__, config=asdict(self.config)
         )
-        return path
 
     @classmethod
     def from_pretrained(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parscale_ear.generator.attention import Cache, KVCache, SelfAttention, kv_cache_bytes
+from parscale_ear.generator.attention import Cache, KVCache, SelfAttention
 from parscale_ear.generator.packing import PackedLinear
 
 NORM_EPS = 1e-6
@@ -310,15 +310,9 @@ class NextScaleTransformer(nn.Module):
         )
 
     def kv_cache_bytes(self, rows: int, prefix: int = 0) -> int:
-        """Bytes of :meth:`new_cache`."""
-        config = self.config
-        return kv_cache_bytes(
-            depth=config.depth,
-            width=config.width,
-            tokens=prefix + config.tokens,
-            rows=rows,
-            dtype=self.input.weight.dtype,
-        )
+        """Bytes of :meth:`new_cache`: keys and values of every layer."""
+        config, item = self.config, self.input.weight.dtype.itemsize
+        return 2 * config.depth * rows * (prefix + config.tokens) * config.width * item
 
     def flops(self, rows: int = 1, prefix: int = 0, conditions: int = 1) -> list[int]:
         """FLOPs of every scale (a multiply-add counts two; matrix products only).

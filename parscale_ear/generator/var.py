@@ -136,8 +136,6 @@ class VAR(NextScaleGenerator):
         Raises:
             ValueError: the model is packed.
         """
-        if isinstance(self.head, PackedLinear):
-            raise ValueError("a packed model cannot be cast; cast it before pack()")
         return self.to(dtype)
 
     def pack(self) -> VAR:
@@ -304,7 +302,8 @@ class VAR(NextScaleGenerator):
                 first. 0: none, and no unconditional rows are computed.
             top_k: draw among as many likeliest tokens; None or 0: all.
             top_p: draw among the likeliest tokens of this probability together, in (0, 1].
-            generator: of the draws, on the model's device; None: PyTorch's own.
+            generator: of the draws, on any device (on the CPU: the same noise
+                everywhere); None: PyTorch's own.
             streams: P streams in one pass: trained prefixes, or a number P of plain streams
                 (``mode="diverse"``). None: the plain model.
             mode: ``"diverse"``: every stream draws for itself; ``"aggregate"``: one picture from
@@ -376,7 +375,7 @@ class VAR(NextScaleGenerator):
         sampling = pictures * tokens * tokenizer.vocabulary * (item + 4 + 4)
         cache = self.transformer.kv_cache_bytes(rows, prefix)
         decoder = 5 * tokenizer.width * tokenizer.image_side**2 * item
-        if self.transformer.positions.device.type == "cpu":
+        if self.device.type == "cpu":
             return cache + max(blocks, sampling, decoder)
         return max(cache + max(blocks, sampling), pictures * decoder)
 
@@ -390,7 +389,7 @@ class VAR(NextScaleGenerator):
         Raises:
             ValueError: the model is packed.
         """
-        if isinstance(self.head, PackedLinear):
+        if self.packed:
             raise ValueError("a packed model has no fingerprint; take it before pack()")
         tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("vqvae.")}
         return checkpoint.digest(tensors)
@@ -399,19 +398,17 @@ class VAR(NextScaleGenerator):
         """Writes weights and config as one safetensors file.
 
         Args:
-            path: the file.
+            path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
             facts: further JSON-serialisable header entries (recipe, source ...).
 
         Raises:
-            ValueError: the model is packed.
+            ValueError: the model is packed, or a fact has a name that is taken.
         """
-        path = Path(path)
-        if isinstance(self.head, PackedLinear):
+        if self.packed:
             raise ValueError("a packed model cannot be saved; save it before pack()")
-        checkpoint.save(
-            path, dict(self.state_dict()), kind="VAR", config=asdict(self.config), **facts
+        return checkpoint.save_model(
+            path, self.state_dict(), facts, kind="VAR", config=asdict(self.config)
         )
-        return path
 
     @classmethod
     def from_pretrained(

@@ -123,3 +123,18 @@ class Adversary:
             {k.removeprefix("critic."): v for k, v in tensors.items() if k.startswith("critic.")}
         )
         unpack_optimizer(self.optimizer, tensors, scalars)
+
+
+class WithAdversary:
+    """A task that stores nothing but its model and, if it has one, its critic."""
+
+    adversary: Adversary | None = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The critic's."""
+        return self.adversary.state() if self.adversary is not None else ({}, {})
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave."""
+        if self.adversary is not None:
+            self.adversary.load_state(tensors, scalars)

@@ -28,11 +28,10 @@ from torch import nn
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.blocks import ResidualBlock
 from parscale_ear.autoencoder.config import ParScaleEARConfig
-from parscale_ear.autoencoder.files import resolve
 from parscale_ear.autoencoder.litevae import PACKET_LEVELS
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops, scan_sizes
-from parscale_ear.data.images import load_squares
+from parscale_ear.data.images import list_digest, load_squares
 from parscale_ear.training.autoencoder_task import AutoencoderTask
 from parscale_ear.training.folder import Claim, split_pictures
 from parscale_ear.training.loop import Run, read_log, resolve_precision
@@ -70,9 +69,10 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
         ImageError: there are no usable pictures.
         CheckpointError: the weights to start from cannot be used.
     """
-    claim = Claim(recipe, out, resume=resume)
-    world = claim.world
     training, validation = split_pictures(recipe.images, recipe.validation)
+    lists = {"pictures": list_digest(training), "validated": list_digest(validation)}
+    claim = Claim(recipe, out, resume=resume, **lists)
+    world = claim.world
     pictures = load_squares(validation)
     stages = [stage for stage in recipe.stages if not (out / f"{stage}.safetensors").exists()]
     # All mistakes in weights, pictures and packages show now, before anything is written.
@@ -95,37 +95,39 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     }
     if "sharp" in stages:
         FeatureLoss()
-    claim.write()
-    for stage in stages:
-        side, _ = recipe.crops(stage)
-        crops = sources[side]
-        for unused in set(sources) - {recipe.crops(s)[0] for s in stages[stages.index(stage) :]}:
-            del sources[unused]  # and the pictures in its cache
-        torch.manual_seed(recipe.seed)
-        model = _prepare(stage, out, recipe).to(world.device).train()
-        folder = out / stage
-        history = _history(stage, out, recipe)
-        task = AutoencoderTask(stage, model, crops, recipe, pictures, folder, world)
-        run = Run(task, recipe.loop(stage), folder, resume=resume, world=world)
-        if not run.train():
-            return False
-        damaged = world.union(crops.damaged)  # every process draws other pictures
-        if damaged and world.rank == 0:
-            names = ", ".join(sorted(damaged)[:5])
-            log.warning("%d damaged pictures were left out: %s", len(damaged), names)
-        if world.rank == 0:
-            plot_curves(out)
-            averaged = run.average
-            assert isinstance(averaged, ParScaleEAR)
-            quality = read_log(folder)[-1]
-            if stage == "sharp":
-                centre_colours(averaged, crops)
-                quality = task.validate(averaged, run.progress.step)
-            used = {"pictures": len(crops.refs), "damaged": len(damaged)}
-            facts = _facts(stage, recipe, run, used, len(pictures), quality, history)
-            averaged.save_pretrained(out / f"{stage}.safetensors", training=facts)
-        world.wait()
-    return True
+    with claim.taken():
+        for stage in stages:
+            side, _ = recipe.crops(stage)
+            crops = sources[side]
+            for unused in set(sources) - {
+                recipe.crops(s)[0] for s in stages[stages.index(stage) :]
+            }:
+                del sources[unused]  # and the pictures in its cache
+            torch.manual_seed(recipe.seed)
+            model = _prepare(stage, out, recipe).to(world.device).train()
+            folder = out / stage
+            history = _history(stage, out, recipe)
+            task = AutoencoderTask(stage, model, crops, recipe, pictures, folder, world)
+            run = Run(task, recipe.loop(stage), folder, resume=resume, world=world)
+            if not run.train():
+                return False
+            damaged = world.union(crops.damaged)  # every process draws other pictures
+            if damaged and world.rank == 0:
+                names = ", ".join(sorted(damaged)[:5])
+                log.warning("%d damaged pictures were left out: %s", len(damaged), names)
+            if world.rank == 0:
+                plot_curves(out)
+                averaged = run.average
+                assert isinstance(averaged, ParScaleEAR)
+                quality = read_log(folder)[-1]
+                if stage == "sharp":
+                    centre_colours(averaged, crops)
+                    quality = task.validate(averaged, run.progress.step)
+                used = {"pictures": len(crops.refs), "damaged": len(damaged)}
+                facts = _facts(stage, recipe, run, used, len(pictures), quality, history)
+                averaged.save_pretrained(out / f"{stage}.safetensors", training=facts)
+            world.wait()
+        return True
 
 
 @torch.no_grad()
@@ -134,9 +136,9 @@ def centre_colours(model: ParScaleEAR, crops: RandomCrops) -> None:
 
     Losses of features and of a critic hardly see that a whole picture is a little too warm.
     """
-    device, mean = next(model.parameters()).device, torch.zeros(3, dtype=torch.float64)
+    mean = torch.zeros(3, dtype=torch.float64)
     for step in range(CENTRE_STEPS):
-        images = crops.batch(step, CENTRE_BATCH).to(device)
+        images = crops.batch(step, CENTRE_BATCH).to(model.device)
         mean += (model(images) - images).double().mean((0, 2, 3)).cpu() / CENTRE_STEPS
     bias = model.decoder.bands2.bias
     assert bias is not None
@@ -208,7 +210,9 @@ def _history(stage: str, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     source = _source(stage, out, recipe)
     if source is None:
         return []
-    told = checkpoint.load(resolve(source))[1].get("training", {})
+    told = checkpoint.load(source)[1].get("training", {})
+    if "history" not in told:
+        log.warning("%s does not say how it was trained: the new weights' history lacks it", source)
     stages = list(told.get("history", []))
     if "data" in told.get("validation", {}):  # weights that were shipped: none of this release's
         stages = [{**stage, "release": named_release(stage)[1]} for stage in stages]

@@ -5,10 +5,8 @@ Shapes: B batch, Z latent channels, h w latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.crops import RandomCrops
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.metrics.reconstruction import mean_quality
-from parscale_ear.training.adversary import Adversary
+from parscale_ear.training.adversary import Adversary, WithAdversary
 from parscale_ear.training.distributed import World
 from parscale_ear.training.loop import autocast_dtype, derived_seed
 from parscale_ear.training.losses import chroma_loss, log_mse_loss, pattern_loss, ssim_loss
@@ -30,7 +28,7 @@ PICTURES_SHOWN = 6
 CRITIC_WARMUP = 200  # steps before the critic's verdict counts in full
 
 
-class AutoencoderTask:
+class AutoencoderTask(WithAdversary):
     """Reconstruction loss and KL of one stage."""
 
     def __init__(
@@ -52,7 +50,6 @@ class AutoencoderTask:
         side, self.batch = recipe.crops(stage)
         assert crops.side == side
         self.crops = CropsAhead(crops, self.batch, self.batch * world.rank, recipe.workers)
-        self.adversary: Adversary | None = None
         if stage == "sharp":
             self.features = FeatureLoss(world.device)
             critic = Critic().to(world.device)
@@ -180,15 +177,6 @@ class AutoencoderTask:
     def elementwise(self) -> list[nn.Parameter]:
         """None: all are convolutions and biases."""
         return []
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What else a checkpoint must hold."""
-        return self.adversary.state() if self.adversary is not None else ({}, {})
-
-    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Takes up what ``state`` gave."""
-        if self.adversary is not None:
-            self.adversary.load_state(tensors, scalars)
 
 
 class CropsAhead:

@@ -193,10 +193,10 @@ def compare(
 
     Raises:
         ImageError: there are no usable pictures.
-        ValueError: fewer than two seeds.
+        ValueError: fewer than two seeds, or one twice.
     """
-    if len(set(seeds)) < 2:
-        raise ValueError("at least two different seeds are needed")
+    if len(set(seeds)) < max(2, len(seeds)):  # a repeated one would count as two trainings
+        raise ValueError("at least two seeds are needed, all different")
     pictures = load_squares(find_images(validation))
     asked = Recipe(images=tuple(images), minutes=None, steps=steps, **changes)
     trained = {name: asdict(config) for name, config in variants().items()}
@@ -204,7 +204,7 @@ def compare(
     figures: dict[str, dict[str, list[list[float]]]] = {}
     facts: dict[str, Any] = {}
     for seed in seeds:
-        recipe = Recipe(images=tuple(images), minutes=None, steps=steps, seed=seed, **changes)
+        recipe = replace(asked, seed=seed)
         crops = RandomCrops(find_images(images), side=recipe.crop, seed=seed)
         for name, config in variants().items():
             model = train(name, seed, recipe, steps, crops, out)
@@ -227,7 +227,8 @@ def compare(
         "pictures": len(pictures),
         "validation": [Path(path).name for path in validation],
         "images": [Path(path).name for path in images],
-        **origin(torch.device("cpu"), computed_in(recipe.precision, torch.device("cpu"))),
+        **origin(torch.device("cpu"), "float32"),
+        "trained_in": computed_in(recipe.precision, torch.device("cpu")),
         "models": facts,
         "variants": summarise(figures),
     }

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+PATIENCE = timedelta(hours=6)  # of a process for the others
 
 
 class World(Protocol):
@@ -96,7 +99,7 @@ class AcceleratedWorld:
         """Sums a flag and the first process's clock over all processes."""
         said = torch.tensor(
             [float(stop), seconds if self.rank == 0 else 0.0],
-            dtype=torch.float32 if self.device.type == "mps" else torch.float64,
+            dtype=torch.float64,
             device=self.device,
         )
         said = self.accelerator.reduce(said, reduction="sum")
@@ -126,11 +129,14 @@ def find_world(device: torch.device) -> World:
         return OneProcess(device)
     try:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
     except ImportError as error:
         raise ModuleNotFoundError(
             "training in several processes needs: pip install accelerate (the extra 'train')"
         ) from error
-    return AcceleratedWorld(Accelerator(cpu=device.type == "cpu"))
+    # The others wait while the first one validates or compares, which may take long.
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return AcceleratedWorld(Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience]))
 
 
 def leave_world() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parscale_ear import __version__, checkpoint
+from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
@@ -42,8 +42,8 @@ from parscale_ear.training.ear_tasks import (
     StreamedGenerator,
     picture_scores,
 )
-from parscale_ear.training.folder import HELD_OUT, Claim, without_paths
-from parscale_ear.training.loop import Run, TrainingError, computed_in, read_log
+from parscale_ear.training.folder import HELD_OUT, Claim, told_of
+from parscale_ear.training.loop import Run, TrainingError, computed_in
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
 
@@ -64,7 +64,13 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             or the latents have no classes, or others than the names given.
         CheckpointError: the latents, or weights to start from, cannot be used.
     """
-    claim = Claim(recipe, out, resume=resume)
+    folders = {"pictures": recipe.latents, "validated": recipe.validation}
+    lists = {
+        name: checkpoint.digest({}, LatentDataset(folder).index["shards"])
+        for name, folder in folders.items()
+        if folder is not None
+    }
+    claim = Claim(recipe, out, resume=resume, **lists)
     world = claim.world
     if "pictures" in recipe.stages():
         FeatureLoss()  # and now if Lite0 is
@@ -80,26 +86,26 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             f"picture_known must leave one of the {scales} scales of these latents to be drawn, "
             f"got {recipe.picture_known}"
         )
-    claim.write()
-    facts = {"latents": len(training), "validation_latents": len(validation)}
-    for stage in recipe.stages():
-        if (out / f"{stage}.safetensors").exists():
-            continue
-        torch.manual_seed(recipe.seed)
-        if stage == "pictures" and "ear" in recipe.stages():
-            model = EnergyAR.load(out / "ear.safetensors").train()
-        elif stage.startswith("streams"):
-            model = EnergyAR.load(_generator(recipe, out)).train(recipe.train_backbone)
-            model.requires_grad_(recipe.train_backbone)
-        model = model.to(world.device).attach(autoencoder)
-        task = _task(stage, model, training, validation, recipe, out / stage, world)
-        if not _run(stage, task, recipe, out, resume, world, facts):
-            return False
-    if world.rank == 0 and len(recipe.streams) > 1:
-        result = compare_streams(recipe, out, validation, world)
-        checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
-    world.wait()
-    return True
+    with claim.taken():
+        facts = {"latents": len(training), "validation_latents": len(validation)}
+        for stage in recipe.stages():
+            if (out / f"{stage}.safetensors").exists():
+                continue
+            torch.manual_seed(recipe.seed)
+            if stage == "pictures" and "ear" in recipe.stages():
+                model = EnergyAR.load(out / "ear.safetensors").train()
+            elif stage.startswith("streams"):
+                model = EnergyAR.load(_generator(recipe, out)).train(recipe.train_backbone)
+                model.requires_grad_(recipe.train_backbone)
+            model = model.to(world.device).attach(autoencoder)
+            task = _task(stage, model, training, validation, recipe, out / stage, world)
+            if not _run(stage, task, recipe, out, resume, world, facts):
+                return False
+        if world.rank == 0 and len(recipe.streams) > 1:
+            result = compare_streams(recipe, out, validation, world)
+            checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
+        world.wait()
+        return True
 
 
 def load_latents(
@@ -239,17 +245,7 @@ def _run(
     if not run.train():
         return False
     if world.rank == 0:
-        told = {
-            **facts,
-            "recipe": without_paths(recipe),
-            "steps": run.progress.step,
-            "minutes": round(run.progress.seconds / 60, 1),
-            "validation": {
-                k: v for k, v in read_log(run.out)[-1].items() if k not in ("step", "finished")
-            },
-            "torch": torch.__version__,
-            "release": __version__,
-        }
+        told = {**facts, **told_of(run, recipe)}
         average = run.average
         if isinstance(average, StreamedGenerator):
             average.generator.save_pretrained(
@@ -303,6 +299,7 @@ def compare_streams(
         "model": f"EnergyAR, depth {recipe.depth}, width {recipe.width}",
         "parameters": model.parameter_count(),
         "seed": recipe.seed,
-        **origin(world.device, computed_in(recipe.precision, world.device)),
+        **origin(world.device, "float32"),
+        "trained_in": computed_in(recipe.precision, world.device),
         **summarise(counts, np.stack(scores), recipe.seed),
     }

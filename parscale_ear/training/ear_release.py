@@ -176,6 +176,10 @@ def release(
             f"statistics of {least - 1} features need at least {least} validation pictures, got "
             f"{len(validation.labels)}"
         )
+    counts = validation.labels.bincount(minlength=len(judge.classes))
+    if int(counts.min()) < 2:
+        few = model.config.class_names[int(counts.argmin())]
+        raise ValueError(f"at least two validation pictures of every class are needed: {few}")
     training = load_real(training_paths, model, judge, "training", mirrored=True)
     settings, tried = choose(model, judge, training, NEAR)
     figures, law, drawn, which = judge_model(model, judge, training, validation, settings)
@@ -229,7 +233,7 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
             "|---|---|---|",
             f"| put into their own class of ten | {report['class_accuracy']['value']:.1%} "
             f"| {ceiling['class_accuracy']['value']:.1%} |",
-            f"| {report['distance_name']} | {distance['value']:.1f} [{distance['low']:.1f}, "
+            f"| {report['distance_name']}, interval over the drawn pictures | {distance['value']:.1f} [{distance['low']:.1f}, "
             f"{distance['high']:.1f}] | {ceiling['distance']:.1f} |",
             f"| mean distance of two pictures of a class | {report['diversity']:.2f} "
             f"| {ceiling['diversity']:.2f} |",

@@ -5,10 +5,8 @@ Shapes: N latents, B batch, Z channels, S side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor, nn
 from parscale_ear.data.images import grid, save_png
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
-from parscale_ear.training.adversary import Adversary
+from parscale_ear.training.adversary import Adversary, WithAdversary
 from parscale_ear.training.distributed import World
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.generator_tasks import EACH_WEIGHT, Stateless, draw
+from parscale_ear.training.generator_tasks import EACH_WEIGHT, draw
 from parscale_ear.training.loop import derived_seed
 from parscale_ear.training.picture_critic import PictureCritic
-from parscale_ear.training.picture_energy import SEEN_SEED, PictureScore, Seen
+from parscale_ear.training.picture_energy import BATCH, SEEN_SEED, PictureScore, Seen
 
 VALIDATION_BATCH = 128
 VALIDATION_SEED = 0  # of the noise, so that figures of different models compare
@@ -53,7 +51,7 @@ def picture_scores(
     model: EnergyAR, store: LatentStore, streams: ParallelStreams | None = None
 ) -> Tensor:
     """Energy score of every latent, mean over its bands: (N,); not mirrored, noise by seed."""
-    device = model.transformer.positions.device
+    device = model.device
     generator = torch.Generator(device).manual_seed(VALIDATION_SEED)
     found = []
     with torch.no_grad():
@@ -77,7 +75,7 @@ class StreamedGenerator(nn.Module):
         self.generator, self.streams = generator, streams
 
 
-class EARTask(Stateless):
+class EARTask(WithAdversary):
     """Energy score of all scales' tokens."""
 
     def __init__(
@@ -92,16 +90,11 @@ class EARTask(Stateless):
     ) -> None:
         """Sets up a stage: of the generator, or of ``streams``, with it or on the frozen one."""
         self.generator, self.streams = generator, streams
-        self._model: nn.Module = generator if streams is None else streams
+        self.model: nn.Module = generator if streams is None else streams  # what is trained
         if streams is not None and recipe.train_backbone:
-            self._model = StreamedGenerator(generator, streams)
+            self.model = StreamedGenerator(generator, streams)
         self.store, self.validation = store, validation
         self.recipe, self.folder, self.world = recipe, folder, world
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-        return self._model
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean energy score a band."""
@@ -116,7 +109,7 @@ class EARTask(Stateless):
         of a last one; it says nothing where there are streams.
         """
         recipe, device = self.recipe, self.world.device
-        drawn = draw(step, len(self.store), replace(recipe, batch=batch), self.world)
+        drawn = draw(step, len(self.store), recipe, self.world, batch)
         side = drawn.mirrored.long() % self.store.latents.shape[1]
         latents = self.store.latents[drawn.numbers, side].to(device)
         if recipe.latent_noise:
@@ -155,7 +148,7 @@ class EARTask(Stateless):
         """Embeddings, and what stands between tokens and the trunk."""
         prefix = None if self.streams is None else self.streams.prefix
         prefixes = [] if prefix is None else [prefix]
-        if self._model is self.streams:
+        if self.model is self.streams:
             return prefixes
         net, head = self.generator.transformer, self.generator.head
         tables: tuple[nn.Module, ...] = (net.class_embedding, net.levels, net.input)
@@ -220,13 +213,16 @@ class PicturesTask(EARTask):
             torch.nonzero(store.labels == label)[:, 0].numpy()
             for label in range(self.score.classes)
         ]
-        self.adversary: Adversary | None = None
         if recipe.adversarial_weight:
             critic = PictureCritic(generator.config.channels, self.score.classes)
             spread = np.arange(0, len(store), max(1, len(store) // FITTED))
             chance = torch.Generator().manual_seed(SEEN_SEED)
             with torch.no_grad():
-                critic.fit(self._judged(self.score.look(self._latents(spread, None), 0, chance)))
+                seen = [
+                    self._judged(self.score.look(self._latents(part, None), 0, chance))
+                    for part in np.array_split(spread, -(-len(spread) // BATCH))
+                ]
+                critic.fit([torch.cat(parts) for parts in zip(*seen, strict=True)])
             self.adversary = Adversary(
                 critic.to(world.device),
                 recipe.critic_rate,
@@ -238,7 +234,7 @@ class PicturesTask(EARTask):
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all."""
         recipe, device, score = self.recipe, self.world.device, self.score
-        # Of another length than what the tokens' batch is drawn with: zeros behind count for nothing.
+        # The 1 tells it from what the tokens' batch is drawn with: zeros behind count for nothing.
         rng = np.random.default_rng([recipe.seed, step, 1, self.world.rank])
         chosen = rng.choice(
             score.classes, min(recipe.picture_classes, score.classes), replace=False
@@ -309,12 +305,3 @@ class PicturesTask(EARTask):
     def _judged(seen: Seen) -> list[Tensor]:
         """What the critic looks at: four of Lite0's maps, and the latent."""
         return [*(part.float() for part in seen.maps[1:5]), seen.latents.float()]
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The critic's."""
-        return self.adversary.state() if self.adversary is not None else ({}, {})
-
-    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Takes up what ``state`` gave."""
-        if self.adversary is not None:
-            self.adversary.load_state(tensors, scalars)

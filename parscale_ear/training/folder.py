@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from parscale_ear import checkpoint
+from parscale_ear import __version__, checkpoint
 from parscale_ear.data.images import ImageError, ImageRef, find_images
 from parscale_ear.data.reading import read_squares
 from parscale_ear.training.distributed import World, find_world
-from parscale_ear.training.loop import TrainingError
+from parscale_ear.training.loop import (
+    CHECKPOINT_FILE,
+    Run,
+    TrainingError,
+    read_log,
+    resolve_precision,
+)
 from parscale_ear.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
+BESIDE = ("processes", "pictures", "validated")  # what it says beside a recipe's fields
 PATHS = ("images", "latents", "validation", "start")  # fields of recipes
 
 HELD_OUT = 64  # at most so many pictures are held out when none are named for validation
@@ -34,32 +42,40 @@ MOST_VALIDATED = 512  # at most so many of those named are used, evenly spread
 class Claim:
     """A run's folder, for one recipe and number of processes.
 
-    What is wrong shows when the claim is made; the folder is written to by :meth:`write`, when all
-    else that may be wrong has been looked at, too.
+    What is wrong shows when the claim is made; the folder is written to by :meth:`taken` (or :meth:`write`,
+    where several calls may share it), when all else that may be wrong has been looked at, too.
     """
 
     def __init__(self, recipe: DataclassInstance, out: Path, *, resume: bool, **more: Any) -> None:
         """Checks that a folder is free, or holds a run of the same recipe.
 
         Args:
-            recipe: what is asked for; its ``device`` says where.
+            recipe: what is asked for; its ``device`` and ``precision`` say where and in what.
             out: the run's folder, the same for all processes.
             resume: whether to go on with what is there.
             more: JSON-serialisable facts that must also be the same.
 
         Raises:
             TrainingError: it is a file; the folder holds a run, or weights, and ``resume`` is false; or another
-                recipe's run.
+                recipe's run; or the processes would compute in different precisions.
             ModuleNotFoundError: a package for training is missing.
         """
         self.world: World = find_world(torch.device(recipe.device))  # type: ignore[attr-defined]
-        told = {**asdict(recipe), "processes": self.world.size, **more}
+        # What "auto" is on this machine: another one must not go on in something else.
+        precision = resolve_precision(recipe.precision, self.world.device)  # type: ignore[attr-defined]
+        if len(several := self.world.union([precision])) > 1:
+            raise TrainingError(
+                f"the processes' machines would compute in different precisions "
+                f"({', '.join(sorted(several))}); name one by --precision"
+            )
+        told = {**asdict(recipe), "precision": precision, "processes": self.world.size, **more}
         self.path, self.asked = out / RECIPE_FILE, json.loads(json.dumps(told))
+        self.fresh = not self.path.exists()
         if out.exists() and not out.is_dir():
             raise TrainingError(f"{out} is a file; name a folder")
         build_optimizer([nn.Parameter(torch.zeros(1))], 1.0)  # fails now if timm is missing
         if not self.path.exists():
-            done = sorted(path.name for path in out.glob("*.safetensors"))
+            done = _stored(out)
             if done and not resume:  # they would count as finished stages
                 raise TrainingError(f"{out} holds {done[0]}, but no run; name a new folder")
             if resume:
@@ -71,14 +87,17 @@ class Claim:
         # A field that the run's version did not know yet has its default: what it did then.
         unsaid = {f.name: f.default for f in fields(recipe) if f.default is not MISSING}
         try:
-            found = {**json.loads(json.dumps(unsaid)), **json.loads(self.path.read_text("utf-8"))}
+            found = json.loads(json.dumps({**unsaid, **more}))
+            found |= json.loads(self.path.read_text("utf-8"))
+            if found["precision"] == "auto":  # of versions that did not say what that was
+                found["precision"] = precision
         except (ValueError, TypeError) as error:
             raise TrainingError(f"{self.path}: damaged ({error}); name a new folder") from error
         changed = sorted(k for k in self.asked if self.asked[k] != found.get(k))
         if changed:
             raise TrainingError(
-                f"{out} holds a run with another {', '.join(changed)}; give the same options to "
-                "resume it, or name a new folder"
+                f"{out} holds a run with another {', '.join(changed)}; give the same options and "
+                "data to resume it, or name a new folder"
             )
 
     def write(self) -> None:
@@ -86,6 +105,27 @@ class Claim:
         self.world.wait()
         if self.world.rank == 0:
             checkpoint.write_text(self.path, json.dumps(self.asked, indent=1) + "\n")
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Takes the folder for this call alone.
+
+        A new one is free again for another recipe when something fails before any weights were
+        stored (out of memory in the first step, say).
+        """
+        self.write()
+        try:
+            yield
+        except BaseException:
+            if self.fresh and self.world.rank == 0 and not _stored(self.path.parent):
+                self.path.unlink(missing_ok=True)
+            raise
+
+
+def _stored(out: Path) -> list[str]:
+    """Names of the weights that a folder of a run holds: finished stages' and checkpoints."""
+    found = [*out.glob("*.safetensors"), *out.glob(f"*/{CHECKPOINT_FILE}")]
+    return sorted(path.relative_to(out).as_posix() for path in found)
 
 
 def without_paths(recipe: DataclassInstance) -> dict[str, Any]:
@@ -97,6 +137,19 @@ def without_paths(recipe: DataclassInstance) -> dict[str, Any]:
         return Path(value).name if isinstance(value, str) else [Path(part).name for part in value]
 
     return {name: shown(name, value) for name, value in asdict(recipe).items()}
+
+
+def told_of(run: Run, recipe: DataclassInstance) -> dict[str, Any]:
+    """What the header of a generator's weights says of the run that they are of."""
+    last = read_log(run.out)[-1]
+    return {
+        "recipe": without_paths(recipe),
+        "steps": run.progress.step,
+        "minutes": round(run.progress.seconds / 60, 1),
+        "validation": {k: v for k, v in last.items() if k not in ("step", "finished")},
+        "torch": torch.__version__,
+        "release": __version__,
+    }
 
 
 def split_pictures(

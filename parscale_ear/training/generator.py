@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from parscale_ear import checkpoint
-from parscale_ear.data.images import class_names
+from parscale_ear.data.images import class_names, list_digest
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.distributed import World
-from parscale_ear.training.folder import Claim, load_labelled, split_pictures, without_paths
+from parscale_ear.training.folder import Claim, load_labelled, split_pictures, told_of
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.generator_tasks import (
     StreamsTask,
@@ -38,7 +38,7 @@ from parscale_ear.training.generator_tasks import (
     VARTask,
     token_losses,
 )
-from parscale_ear.training.loop import Run, Task, TrainingError, computed_in, read_log
+from parscale_ear.training.loop import Run, Task, TrainingError, computed_in
 from parscale_ear.training.stream_worth import summarise
 
 MOST_VALIDATED = 2048
@@ -61,11 +61,12 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
         ImageError: there are no usable pictures.
         CheckpointError: the weights of an earlier stage cannot be used.
     """
-    claim = Claim(recipe, out, resume=resume)
-    world = claim.world
     refs, named = split_pictures(
         recipe.images, recipe.validation, held_out=MOST_VALIDATED, most_validated=MOST_VALIDATED
     )
+    lists = {"pictures": list_digest(refs), "validated": list_digest(named)}
+    claim = Claim(recipe, out, resume=resume, **lists)
+    world = claim.world
     classes = class_names(refs)
     if "" in classes:
         loose = next(ref for ref in refs if not ref.label)
@@ -75,44 +76,42 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
     pictures, labels = load_labelled(refs, recipe.side, classes)
     validation, validation_labels = load_labelled(named, recipe.side, classes)
     recipe.var_config(len(classes))  # all mistakes show before anything is written
-    claim.write()
     facts = {
         "classes": classes,
         "pictures": len(pictures),
         "validation_pictures": len(validation),
         "images": [Path(path).name for path in recipe.images],
     }
-    stores: list[TokenStore] = []
-    for stage in recipe.stages():
-        if (out / f"{stage}.safetensors").exists():
-            continue
-        torch.manual_seed(recipe.seed)
-        task: Task
-        if stage == "tokenizer":
-            var = VAR(recipe.var_config(len(classes))).to(world.device)
-            task = TokenizerTask(
-                var.vqvae.train(), pictures, validation, recipe, out / stage, world
-            )
-        else:
-            before = "tokenizer" if stage == "var" else "var"
-            var = VAR.from_pretrained(out / f"{before}.safetensors", device=world.device)
-            if not stores:
-                stores = [
-                    TokenStore(var.vqvae, x, y, world.device)
-                    for x, y in ((pictures, labels), (validation, validation_labels))
-                ]
-            task = _token_task(stage, var, stores, recipe, out / stage, world)
-        if not _run(stage, task, var, recipe, out, resume, world, facts):
-            return False
-    if world.rank == 0 and len(recipe.streams) > 1:
-        if not stores:
+
+    def tokens_of(var: VAR) -> list[TokenStore]:
+        both = ((pictures, labels), (validation, validation_labels))
+        return [TokenStore(var.vqvae, x, y, world.device) for x, y in both]
+
+    with claim.taken():
+        stores: list[TokenStore] = []
+        for stage in recipe.stages():
+            if (out / f"{stage}.safetensors").exists():
+                continue
+            torch.manual_seed(recipe.seed)
+            task: Task
+            if stage == "tokenizer":
+                var = VAR(recipe.var_config(len(classes))).to(world.device)
+                task = TokenizerTask(
+                    var.vqvae.train(), pictures, validation, recipe, out / stage, world
+                )
+            else:
+                before = "tokenizer" if stage == "var" else "var"
+                var = VAR.from_pretrained(out / f"{before}.safetensors", device=world.device)
+                stores = stores or tokens_of(var)
+                task = _token_task(stage, var, stores, recipe, out / stage, world)
+            if not _run(stage, task, var, recipe, out, resume, world, facts):
+                return False
+        if world.rank == 0 and len(recipe.streams) > 1:
             var = VAR.from_pretrained(out / "var.safetensors", device=world.device)
-            stores = [TokenStore(var.vqvae, x, y, world.device)
-                      for x, y in ((pictures, labels), (validation, validation_labels))]  # fmt: skip
-        result = compare_streams(recipe, out, stores[1], world)
-        checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
-    world.wait()
-    return True
+            result = compare_streams(var, recipe, out, (stores or tokens_of(var))[1], world)
+            checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
+        world.wait()
+        return True
 
 
 def _token_task(
@@ -145,16 +144,7 @@ def _run(
     if not run.train():
         return False
     if world.rank == 0:
-        told = {
-            **facts,
-            "stage": stage,
-            "recipe": without_paths(recipe),
-            "steps": run.progress.step,
-            "minutes": round(run.progress.seconds / 60, 1),
-            "validation": {
-                k: v for k, v in read_log(run.out)[-1].items() if k not in ("step", "finished")
-            },
-        }
+        told = {**facts, "stage": stage, **told_of(run, recipe)}
         path, average = out / f"{stage}.safetensors", run.average
         if isinstance(average, ParallelStreams):
             average.save_pretrained(path, backbone=var.fingerprint(), training=told)
@@ -168,21 +158,21 @@ def _run(
 
 
 def compare_streams(
-    recipe: VARRecipe, out: Path, validation: TokenStore, world: World
+    var: VAR, recipe: VARRecipe, out: Path, validation: TokenStore, world: World
 ) -> dict[str, Any]:
     """What P streams are worth: validation loss by P, and its slope against log₂ P.
 
     Intervals are percentiles under resampling of the pictures, the same draws for all P.
     """
-    var = VAR.from_pretrained(out / "var.safetensors", device=world.device)
+    backbone = var.fingerprint()
     counts = sorted(set(recipe.streams))
     losses = np.stack(
         [
             token_losses(
                 var,
                 validation,
-                ParallelStreams.from_pretrained(out / f"streams{count}.safetensors").to(
-                    world.device
+                ParallelStreams.from_pretrained(
+                    out / f"streams{count}.safetensors", backbone=backbone, device=world.device
                 ),
                 world.device,
             ).numpy()
@@ -203,6 +193,7 @@ def compare_streams(
         "seed": recipe.seed,
         "images": [Path(path).name for path in recipe.images],
         "validation": [Path(path).name for path in recipe.validation],
-        **origin(world.device, computed_in(recipe.precision, world.device)),
+        **origin(world.device, "float32"),
+        "trained_in": computed_in(recipe.precision, world.device),
         **summarise(counts, losses, recipe.seed),
     }

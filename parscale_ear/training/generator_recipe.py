@@ -47,9 +47,10 @@ class VARRecipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name, least in (("batch", 1), ("stream_steps", 1), ("side", SSIM_WINDOW)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, least in (("batch", 1), ("steps", 1), ("stream_steps", 1), ("side", SSIM_WINDOW)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         check_seed(self.seed)
         if not self.sides or min(self.sides) < 1:
             raise ValueError(f"sides must be positive and grow, got {self.sides}")

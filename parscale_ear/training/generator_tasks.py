@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VAR
 from parscale_ear.generator.vqvae import VQVAE
 from parscale_ear.metrics.reconstruction import mean_quality
+from parscale_ear.training.adversary import WithAdversary
 from parscale_ear.training.distributed import World
+from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.generator_recipe import VARRecipe
 from parscale_ear.training.losses import log_mse_loss
 from parscale_ear.training.perceptual import FeatureLoss
@@ -41,48 +43,25 @@ class Draw:
     unlabelled: Tensor  # (B,) whether their labels are left out
 
 
-class DrawRecipe(Protocol):
-    """What :func:`draw` needs of a recipe."""
-
-    @property
-    def batch(self) -> int:
-        """Pictures a step and process."""
-
-    @property
-    def seed(self) -> int:
-        """Of the draws."""
-
-    @property
-    def label_dropout(self) -> float:
-        """Share of labels left out."""
-
-
-def draw(step: int, count: int, recipe: DrawRecipe, world: World) -> Draw:
+def draw(
+    step: int, count: int, recipe: VARRecipe | EARRecipe, world: World, batch: int | None = None
+) -> Draw:
     """Draws for all processes and takes this one's share, so that their number changes nothing.
 
     Args:
         step: number of the step.
         count: pictures to draw from, without repetition in a step where there are enough.
-        recipe: batch, seed and label dropout.
+        recipe: seed and label dropout.
         world: the processes.
+        batch: pictures a process; None: the recipe's.
     """
     rng = np.random.default_rng([recipe.seed, step])
-    size = recipe.batch * world.size
-    share = slice(recipe.batch * world.rank, recipe.batch * (world.rank + 1))
+    batch = recipe.batch if batch is None else batch
+    size = batch * world.size
+    share = slice(batch * world.rank, batch * (world.rank + 1))
     numbers = rng.choice(count, size, replace=size > count)
     mirrored, unlabelled = rng.random(size) < 0.5, rng.random(size) < recipe.label_dropout
     return Draw(*(torch.from_numpy(values[share]) for values in (numbers, mirrored, unlabelled)))
-
-
-class Stateless:
-    """A task with nothing to store besides its model."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Nothing."""
-        return {}, {}
-
-    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Nothing."""
 
 
 class TokenizerTask:
@@ -146,9 +125,7 @@ class TokenizerTask:
         chosen = torch.from_numpy(rng.integers(0, len(vectors), len(idle))).to(vectors.device)
         weight = self.model.quantizer.codebook.weight
         weight[idle] = vectors[chosen]
-        if self.world.size > 1:  # all processes take the first one's
-            weight.mul_(self.world.size if self.world.rank == 0 else 0)
-            self.world.mean_([weight])
+        self.world.share_([weight])  # all processes take the first one's
         self.idle[idle] = 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -221,7 +198,7 @@ def token_losses(
     return torch.cat(losses)
 
 
-class _TokenTask(Stateless):
+class _TokenTask(WithAdversary):
     """What the stages behind the tokenizer share."""
 
     def __init__(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parscale_ear import checkpoint
+from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
 from parscale_ear.generator.ear_config import EARConfig
@@ -143,9 +143,11 @@ def compare(
         ImageError: no pictures, or of other classes.
         FeatureError: Lite1's packages are missing.
     """
-    claim = Claim(recipe, out, resume=True)
-    claim.write()
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
+    pictures = {"training": list(training_paths), "validation_pictures": list(validation_paths)}
+    decoder = checkpoint.digest(autoencoder.decoder.state_dict())
+    # Heads that other calls finished stand beside these: all by one release.
+    Claim(recipe, out, resume=True, decoder=decoder, release=__version__, **pictures).write()
     latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
     judge = Judge()
     real: tuple[Real, Gaussian] | None = None
@@ -190,9 +192,10 @@ def compare(
         "picture_pairs": recipe.picture_pairs,
         "learning_rate": recipe.learning_rate,
         "seed": recipe.seed,
-        "decoder_sha256": checkpoint.digest(autoencoder.decoder.state_dict()),
+        "decoder_sha256": decoder,
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],
-        **origin(device, computed_in(recipe.precision, device)),
+        **origin(device, "float32"),
+        "trained_in": computed_in(recipe.precision, device),
     }
 
 

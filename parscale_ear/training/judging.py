@@ -139,7 +139,7 @@ def load_real(
 @torch.no_grad()
 def restore(model: EnergyAR, pictures: Tensor) -> Tensor:
     """What the autoencoder makes of real pictures, with the generator's decoder: 8-bit."""
-    device = next(model.autoencoder.parameters()).device
+    device = model.autoencoder.device
     parts = []
     for batch in pictures.split(BATCH):
         latents = model.autoencoder.encode(from_uint8(batch).to(device)).mode()
@@ -153,7 +153,7 @@ def draw(
 ) -> Tensor:  # fmt: skip
     """(count, 3, S, S), 8-bit; the classes in turn; one picture from all streams."""
     classes = len(model.config.class_names)
-    device = model.transformer.positions.device
+    device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
     with tqdm(total=count, desc=name, leave=False, disable=not name) as bar:

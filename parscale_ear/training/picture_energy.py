@@ -122,7 +122,7 @@ class PictureScore(nn.Module):
         if empty := [label for label, chosen in enumerate(members) if not chosen.any()]:
             raise ValueError(f"no latents of the classes {', '.join(map(str, empty))}")
         self.autoencoder = autoencoder.requires_grad_(False)
-        self.device = next(autoencoder.parameters()).device
+        self.device = autoencoder.device
         self.world: World = world or OneProcess(self.device)
         self.network = LiteMaps(self.device)
         self.precision = resolve_precision(precision, self.device)

@@ -146,6 +146,7 @@ def release(
         old = "data" in header["training"].get("validation", {})
         for stage in header["training"]["history"]:
             stage.setdefault("release", named_release(stage)[1] if old else __version__)
+    models: dict[str, ParScaleEAR] = {}
     for name, shared in SHARED.items():
         model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
         facts[name] = {
@@ -160,11 +161,14 @@ def release(
         }
         if training and not shared:
             facts[name]["latent"] = latent_statistics(model, training)
+        models[name] = model
+    # All at the end: a new one beside earlier ones of another latent space could not be read.
+    for name, model in models.items():
         model.save_pretrained(
             out / f"{name}.safetensors",
             dtype=torch.float16,
-            shared_parts=shared,
-            shared_file="hybrid.safetensors" if shared else "",
+            shared_parts=SHARED[name],
+            shared_file="hybrid.safetensors" if SHARED[name] else "",
             training=facts[name],
         )
     checkpoint.write_text(out / CARD, with_figures(card, facts))

@@ -28,7 +28,7 @@ from parscale_ear.metrics.frechet import Gaussian, clustered_jackknife
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.ear import load_streamed
 from parscale_ear.training.ear_recipe import EARRecipe
-from parscale_ear.training.folder import RECIPE_FILE
+from parscale_ear.training.folder import BESIDE, RECIPE_FILE
 from parscale_ear.training.judging import (
     INTERVALS,
     Judge,
@@ -55,7 +55,7 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
                 f"{run / name} is missing; parscale-ear train ear --streams 1 2 4 writes it"
             )
     told = json.loads((run / RECIPE_FILE).read_text(encoding="utf-8"))
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k != "processes"}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k not in BESIDE}
     if told.get("layout_channels") == 0:  # a field of release 0.6 that said nothing
         del told["layout_channels"]
     try:

@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TypeAlias
 
 STOPPED = 130  # exit code of a run that a signal ended
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process: while C code imports numpy, an exception would be lost or garbled."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        os.write(2, b"parscale-ear: stopped\n")
+        os._exit(STOPPED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def import_torch() -> None:
+    """Imports what takes seconds; Ctrl-C ends the process meanwhile."""
+    with stopped_at_once():
+        import numpy  # noqa: F401
+        import torch  # noqa: F401
 
 
 def positive(text: str) -> int:
@@ -98,11 +130,12 @@ def weights_of(arguments: argparse.Namespace) -> Path:
     Raises:
         ValueError: there is no such combination.
     """
-    from parscale_ear.autoencoder.files import resolve, shipped_weights
+    from parscale_ear import checkpoint
+    from parscale_ear.autoencoder.files import shipped_weights
 
     path: Path | None = arguments.weights
     if path is None:
         return shipped_weights(arguments.variant, arguments.decoder)
     if arguments.decoder is not None:
         raise ValueError("--decoder names one of the shipped decoders; leave it out with --weights")
-    return resolve(path)
+    return checkpoint.resolve(path)

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from parscale_ear.verbs.common import STOPPED, Verbs, add_device, check_folder
+from parscale_ear.verbs.common import STOPPED, Verbs, add_device, check_folder, import_torch
 
 PICTURES = "files, folders, tars, or hf:DATASET[:SPLIT]"
 LABELLED = "folders of class folders, tars, or hf:DATASET[:SPLIT]"
@@ -93,6 +93,7 @@ class _LateParser(argparse.ArgumentParser):
     def _filled(self) -> None:
         fill, self.fill = self.fill, None
         if fill is not None:
+            import_torch()
             fill()
 
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
@@ -252,14 +253,15 @@ def _start(arguments: argparse.Namespace) -> str | None:
     return None if arguments.start is None else str(arguments.start)
 
 
-def _train(train: Callable[[], bool], out: Path) -> int:
+def _train(train: Callable[..., bool], recipe: Any, arguments: argparse.Namespace) -> int:
     from parscale_ear.device import UsageError
     from parscale_ear.training.distributed import leave_world
     from parscale_ear.training.loop import DivergedError, TrainingError
 
+    out: Path = arguments.out
     check_folder(out)
     try:
-        finished = train()
+        finished = train(recipe, out, resume=arguments.resume)
     except DivergedError as error:  # no mistake in what was asked for
         print(f"parscale-ear: {error}", file=sys.stderr)
         return 1
@@ -286,10 +288,7 @@ def _autoencoder(arguments: argparse.Namespace) -> int:
         stages=tuple(arguments.stages),
         **_common(arguments, AUTOENCODER),
     )
-    return _train(
-        lambda: train_autoencoder(recipe, arguments.out, resume=arguments.resume),
-        arguments.out,
-    )
+    return _train(train_autoencoder, recipe, arguments)
 
 
 def _var(arguments: argparse.Namespace) -> int:
@@ -301,10 +300,7 @@ def _var(arguments: argparse.Namespace) -> int:
         validation=tuple(arguments.validation),
         **_common(arguments, VAR),
     )
-    return _train(
-        lambda: train_var(recipe, arguments.out, resume=arguments.resume),
-        arguments.out,
-    )
+    return _train(train_var, recipe, arguments)
 
 
 def _ear(arguments: argparse.Namespace) -> int:
@@ -318,7 +314,4 @@ def _ear(arguments: argparse.Namespace) -> int:
         start=_start(arguments),
         **_common(arguments, EAR),
     )
-    return _train(
-        lambda: train_ear(recipe, arguments.out, resume=arguments.resume),
-        arguments.out,
-    )
+    return _train(train_ear, recipe, arguments)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from parscale_ear.autoencoder.hybrid import HybridConfig, HybridLatent
+from parscale_ear.autoencoder.model import ParScaleEAR
 
 
 @pytest.fixture
@@ -70,3 +73,12 @@ def test_beyond_its_edge_a_latent_goes_on_as_it_ends(
     padded = torch.nn.functional.pad(latent, (0, -width % 4, 0, -height % 4), mode="replicate")
     expected = hybrid.coarse(padded)[..., :height, :width]
     torch.testing.assert_close(hybrid.coarse(latent), expected)
+
+
+def test_what_has_no_hybrid_refuses_unknown_branches_all_the_same(tiny: ParScaleEAR) -> None:
+    alone = ParScaleEAR(replace(tiny.config, hybrid=None))
+    latent = torch.zeros(1, 4, 2, 2)
+    assert alone.enhance(latent, branches={"fine"}) is latent
+    for branches in ({"fime"}, None):
+        with pytest.raises(ValueError, match="branches must be a set or list"):
+            alone.enhance(latent, branches=branches)  # type: ignore[arg-type]

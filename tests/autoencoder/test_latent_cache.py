@@ -4,10 +4,12 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -500,3 +502,79 @@ def test_decoded_pictures_have_names_of_their_own_inside_the_folder(
     assert decode_folder(tmp_path / "out", tmp_path / "png") == 6
     assert len(list((tmp_path / "png").rglob("*.png"))) == 6
     assert len(list(tmp_path.rglob("*.png"))) == 6
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_shard_of_another_job_does_not_get_in(
+    when: str, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, out, other = find_images([classes]), tmp_path / "out", tmp_path / "other"
+    encode_folder(refs, other, replace(OPTIONS, dtype="bf16"))
+    write = latent_cache.store.write_shard
+
+    def comes_in(*arguments: Any, **options: Any) -> str:
+        shutil.copy(other / shard_name(1), out)
+        return write(*arguments, **options)
+
+    if when == "before":
+        encode_folder(refs, out, OPTIONS, rank=0, world=2)
+        shutil.copy(other / shard_name(1), out)
+    else:
+        monkeypatch.setattr(latent_cache.store, "write_shard", comes_in)
+    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors: of another job"):
+        encode_folder(refs, out, OPTIONS, rank=0, world=2)
+    with pytest.raises(CheckpointError, match="not finished"):
+        LatentDataset(out)
+
+
+def test_an_index_that_appears_meanwhile_is_looked_at(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, out = find_images([classes]), tmp_path / "out"
+    encode_folder(refs, tmp_path / "other", replace(OPTIONS, side=96))
+    out.mkdir()
+    listed = Path.iterdir
+
+    def claims_meanwhile(folder: Path) -> Any:
+        if folder == out and not (out / INDEX_FILE).exists():
+            shutil.copy(tmp_path / "other" / INDEX_FILE, out)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", claims_meanwhile)
+    with pytest.raises(CheckpointError, match="another side"):
+        encode_folder(refs, out, OPTIONS)
+
+
+def test_arguments_that_make_no_sense_are_told(classes: Path, tmp_path: Path) -> None:
+    refs, out, png = find_images([classes / "cat"]), tmp_path / "out", tmp_path / "png"
+    with pytest.raises(ValueError, match="devices must name at least one"):
+        encode_folder(refs, out, OPTIONS, devices=())
+    encode_folder(refs, str(out), OPTIONS)
+    for wrong, message in (
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": -1}, "batch must be at least 1"),
+        ({"dtype": "float16"}, "dtype must be fp32, fp16 or bf16, got 'float16'"),
+        ({"devices": ()}, "devices must name at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_folder(out, png, **wrong)  # type: ignore[arg-type]
+    assert not png.exists()
+    png.mkdir()
+    (png / ".00.png.12345.part").write_bytes(b"half")  # of a job that was killed
+    assert decode_folder(str(out), str(png)) == 8
+    assert not list(png.rglob(".*"))
+
+
+def test_decodes_in_fp32_where_it_says_so(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_folder(find_images([classes / "cat"]), tmp_path / "out", OPTIONS)
+    decode, seen = ParScaleEAR.decode, []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(ParScaleEAR, "decode", watched)
+    decode_folder(tmp_path / "out", tmp_path / "png")
+    assert set(seen) == {False}

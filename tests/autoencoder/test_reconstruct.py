@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from parscale_ear.autoencoder.latent_cache import encode_pictures
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_image, reconstruct_pictures
 from parscale_ear.data.images import from_uint8, to_uint8
@@ -61,3 +64,16 @@ def test_what_is_not_finite_is_no_picture(tiny: ParScaleEAR, value: float) -> No
         reconstruct_image(tiny, torch.zeros(3, 32, 32))
     with pytest.raises(ValueError, match="reconstructions were not finite"):
         reconstruct_pictures(tiny, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_fp32_is_fp32_on_the_way(tiny: ParScaleEAR, pictures: torch.Tensor, tmp_path: Path) -> None:
+    """TF32 is what PyTorch's convolutions take on CUDA, unless it is told not to."""
+    seen: list[bool] = []
+    for layer in (tiny.encoder.level2, tiny.decoder.bands2):
+        layer.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    assert torch.backends.cudnn.allow_tf32
+    reconstruct_pictures(tiny, pictures[:1])
+    reconstruct_image(tiny, from_uint8(pictures)[0])
+    encode_pictures(tiny, pictures[:1])
+    assert seen == [False] * 5
+    assert torch.backends.cudnn.allow_tf32

@@ -112,3 +112,11 @@ def test_pictures_that_lie_beside_a_dataset(
     refs = find_images([f"hf:{tmp_path}/data"])
     assert [ref.label for ref in refs] == ["cat", "dog"]
     assert [np.array(ref.load())[0, 0, 0] for ref in refs] == [10, 20]
+
+
+def test_other_columns_are_not_looked_at(saved: Path, tmp_path: Path) -> None:
+    data = datasets.load_from_disk(str(saved)).select([0])
+    data = data.add_column("mask", [{"bytes": b"no picture", "path": None}])
+    data.cast_column("mask", datasets.Image()).save_to_disk(str(tmp_path / "masks"))
+    (ref,) = find_images([f"hf:{tmp_path}/masks"])
+    assert np.array(ref.load())[0, 0, 0] == 10

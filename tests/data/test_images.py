@@ -399,3 +399,9 @@ def test_namesakes_get_the_next_free_number() -> None:
 def test_classes_by_number_are_in_the_order_of_numbers() -> None:
     refs = [ImageRef(Path("x.png"), cls=name) for name in ("10", "2", "cat", "2", "0")]
     assert images.class_names(refs) == ["0", "2", "10", "cat"]
+
+
+def test_one_name_is_as_good_as_a_list(folder_of_pictures: Path) -> None:
+    expected = find_images([folder_of_pictures])
+    assert find_images(folder_of_pictures) == expected
+    assert find_images(str(folder_of_pictures)) == expected

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parscale_ear import checkpoint
+from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.data.latents import INDEX_FILE, LatentDataset, shard_name, write_shard
 
@@ -72,3 +73,8 @@ def test_an_opened_dataset_travels_to_other_processes(folder: Path) -> None:
     copy = pickle.loads(pickle.dumps(data))
     assert copy[0]["name"] == first["name"]
     assert torch.equal(copy[0]["latent"], first["latent"])
+
+
+def test_a_fingerprint_that_is_none_is_told(tmp_path: Path, tiny: ParScaleEAR) -> None:
+    with pytest.raises(ValueError, match="fingerprint must be a string, got <bound method"):
+        LatentDataset(tmp_path, fingerprint=tiny.latent_fingerprint)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parscale_ear.device import out_of_memory
 from parscale_ear.generator import attention
 from parscale_ear.generator.var import VAR, VARConfig
 from parscale_ear.generator.vqvae import VQVAEConfig
@@ -112,3 +113,17 @@ def test_a_caches_memory_serves_the_next_one_when_it_is_free(
     large = new(5000).nbytes
     small = new(512).nbytes  # of a tenth: the large memory goes
     assert taken == [large, small]
+
+
+def test_memory_that_there_is_not_is_told_as_pytorch_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left(size: int) -> memoryview:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(attention.spare_pages, "take", none_left)
+    cpu = torch.device("cpu")
+    assert attention._empty((attention.HUGE_PAGE,), torch.float32, cpu).numel()  # elsewhere
+    with pytest.raises(RuntimeError) as found:
+        attention._empty((2**50,), torch.float32, cpu)
+    assert out_of_memory(found.value)

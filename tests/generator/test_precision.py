@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parscale_ear.generator.pyramid import LatentPyramid
 from parscale_ear.generator.var import VAR
@@ -49,3 +50,18 @@ def test_other_casts_are_made() -> None:
     assert pyramid.double().mean0.dtype == torch.float64
     assert pyramid.float().mean0.dtype == torch.float32
     assert pyramid.to("meta").mean0.device.type == "meta"
+
+
+def test_the_quantiser_keeps_tf32_out(var: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    smooth = type(var.vqvae.quantizer)._smooth
+
+    def watched(*arguments: Any) -> Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return smooth(*arguments)
+
+    monkeypatch.setattr(type(var.vqvae.quantizer), "_smooth", watched)
+    tokens = var.vqvae.quantizer.encode(torch.zeros(1, var.vqvae.quantizer.channels, 4, 4))
+    var.vqvae.quantizer.contribution(0, tokens[0])
+    assert seen
+    assert not any(seen)

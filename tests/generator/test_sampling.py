@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from parscale_ear.generator.energy import uniform_noise
 from parscale_ear.generator.sampling import check_sampling, guided, sample_tokens
 
 LOGITS = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
@@ -69,3 +72,22 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
 def test_impossible_settings_are_refused(values: tuple[int, float, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         check_sampling(*values)
+
+
+def test_a_generator_serves_whatever_the_models_device_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn_on: list[object] = []
+    rand = torch.rand
+
+    def spy(*shape: int, **options: Any) -> torch.Tensor:
+        drawn_on.append(options["device"].type)
+        return rand(*shape, **options)
+
+    monkeypatch.setattr(torch, "rand", spy)
+    generator = torch.Generator().manual_seed(0)
+    elsewhere = LOGITS.expand(1, 3, 5).to("meta")
+    assert sample_tokens(elsewhere, generator=generator).device.type == "meta"
+    noise = uniform_noise((2, 3), elsewhere.half(), generator)
+    assert (noise.device.type, noise.dtype) == ("meta", torch.float16)
+    assert drawn_on == ["cpu"]

@@ -171,7 +171,8 @@ def test_every_parameter_of_the_streams_gets_a_gradient(
 def test_save_and_load(var: VAR, tmp_path: Path) -> None:
     streams = lively_streams(var, 2, prefix_tokens=4)
     path = streams.save_pretrained(tmp_path / "streams.safetensors")
-    loaded = ParallelStreams.from_pretrained(path)
+    assert streams.save_pretrained(tmp_path / "folder").name == "model.safetensors"
+    loaded = ParallelStreams.from_pretrained(tmp_path / "folder")
     assert torch.equal(draw(var, 0, streams=loaded), draw(var, 0, streams=streams))
     assert not loaded.training
     with pytest.raises(CheckpointError, match="of kind ParallelStreams, expected VAR"):

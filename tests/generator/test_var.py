@@ -203,6 +203,10 @@ def test_packing(var: VAR, tmp_path: Path) -> None:
         packed.save_pretrained(tmp_path / "packed.safetensors")
     with pytest.raises(ValueError, match="packed model cannot be cast"):
         packed.set_dtype(torch.bfloat16)
+    for cast in (packed.half, packed.double, lambda: packed.to("meta")):
+        with pytest.raises(ValueError, match="packed model cannot be cast or moved"):
+            cast()
+    assert {p.dtype for p in packed.parameters()} == {torch.float32}  # nothing of it was
     with pytest.raises(ValueError, match="packed model has no fingerprint"):
         packed.fingerprint()
     assert packed.parameter_count() == var.parameter_count()

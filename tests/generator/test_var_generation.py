@@ -123,6 +123,8 @@ def test_top_k_and_top_p_limit_what_is_drawn(var: VAR) -> None:
         ({"labels": None}, "at least one"),
         ({"labels": ["dog"]}, r"0\.\.9"),
         ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": None}, "top_p must be above 0 and at most 1, got None"),
+        ({"guidance": "2"}, "guidance must be at least 0 and finite, got '2'"),
         ({"top_p": 1.1}, "at most 1"),
         ({"top_k": -1}, "top_k must be at least 1"),
         ({"guidance": -0.1}, "guidance must be at least 0"),

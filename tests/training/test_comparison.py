@@ -91,6 +91,8 @@ def test_from_pictures_to_figures(
     assert set(result["variants"]) == set(comparison.variants())
     assert (result["dtype"], result["threads"]) == ("float32", torch.get_num_threads())
     assert len(result["variants"]["hybrid"]["4 bits"]["seeds_psnr_db"]) == 2
-    assert comparison.main([*options, "--seeds", "1", "1"]) == 2
+    for seeds in (("1",), ("1", "1"), ("0", "0", "1")):  # one twice would count as two trainings
+        assert comparison.main([*options, "--seeds", *seeds]) == 2
+        assert "at least two seeds are needed, all different" in capsys.readouterr().err
     assert comparison.main([*options, "--steps", "3"]) == 2
     assert "another steps" in capsys.readouterr().err

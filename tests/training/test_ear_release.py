@@ -288,6 +288,14 @@ def test_weights_that_cannot_be_judged_are_refused(
     told = ["--training", str(pictures), "--validation", str(few), *where]
     assert ear_release.main([str(trained), *told]) == 2
     assert "at least 13 validation pictures, got 10" in capsys.readouterr().err
+    for missing in (0, 9):
+        lacking = write_pictures(tmp_path / f"without_{missing}", 3, 0)
+        shutil.rmtree(sorted(lacking.iterdir())[missing])
+        wrong = ["--training", str(pictures), "--validation", str(lacking), *where]
+        assert ear_release.main([str(trained), *wrong]) == 2
+        name = EnergyAR.load(trained).config.class_names[missing]
+        said = capsys.readouterr().err
+        assert f"at least two validation pictures of every class are needed: {name}" in said
     model = EnergyAR.load(trained)
     two = EnergyAR(replace(model.config, class_names=("a", "b")))
     two.pyramid.load_state_dict(model.pyramid.state_dict())
@@ -308,7 +316,7 @@ def test_heads_share_the_trunk_and_differ_in_the_head(recipe: EARRecipe) -> None
 
 
 def test_a_comparison_goes_on_and_gathers_all_heads(
-    recipe: EARRecipe, pictures: Path, tmp_path: Path
+    recipe: EARRecipe, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [str(pictures)]
 
@@ -331,6 +339,12 @@ def test_a_comparison_goes_on_and_gathers_all_heads(
     assert len(trunks) == 1
     with pytest.raises(TrainingError, match="another batch"):
         compare("gaussian", batch=4)
+    other = [str(pictures / next(iter(IMAGENET)))]
+    with pytest.raises(TrainingError, match="another validation_pictures"):
+        head_comparison.compare(recipe, ("gaussian",), paths, other, tmp_path / "out")
+    monkeypatch.setattr(head_comparison, "__version__", "99.0")
+    with pytest.raises(TrainingError, match="another release"):
+        compare("gaussian")
 
 
 def test_heads_go_on_with_whole_pictures(recipe: EARRecipe, pictures: Path, tmp_path: Path) -> None:

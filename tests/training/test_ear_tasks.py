@@ -260,3 +260,15 @@ def test_pictures_go_on_from_real_ones_of_their_class(
             drawn.add(label)
     assert drawn == {0, 1}
     assert set(sizes) == {0, 1}  # Lite0 sees some pictures at its larger size
+
+
+def test_the_critics_scales_are_those_of_all_pictures_whatever_the_batch(
+    recipe: EARRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    monkeypatch.setattr(
+        PictureCritic, "fit", lambda self, maps: seen.append([len(part) for part in maps])
+    )
+    monkeypatch.setattr(ear_tasks, "BATCH", 5)
+    made = Made(recipe, tmp_path, PicturesTask)
+    assert seen == [[len(made.store)] * 5]

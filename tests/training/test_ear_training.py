@@ -21,6 +21,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.cli import main
+from parscale_ear.data.latents import INDEX_FILE
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training import ear_tasks
@@ -271,6 +272,16 @@ def test_another_recipe_is_refused(recipe: EARRecipe, trained: Path) -> None:
         train_ear(recipe, trained)
     with pytest.raises(TrainingError, match="another alpha"):
         train_ear(replace(recipe, alpha=1.5), trained, resume=True)
+    index = Path(recipe.latents) / INDEX_FILE
+    told = index.read_text()
+    try:
+        changed = json.loads(told)
+        changed["shards"][0]["sha256"] = "0"
+        index.write_text(json.dumps(changed))
+        with pytest.raises(TrainingError, match="another pictures, validated"):
+            train_ear(recipe, trained, resume=True)
+    finally:
+        index.write_text(told)
 
 
 def test_a_run_from_before_a_field_was_there_goes_on(recipe: EARRecipe, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from parscale_ear.training.generator_tasks import (
     TokenStore,
     token_losses,
 )
-from parscale_ear.training.loop import TrainingError, read_log
+from parscale_ear.training.loop import CHECKPOINT_FILE, TrainingError, read_log
 from parscale_ear.training.stream_worth import summarise
 
 pytest.importorskip("timm", reason="training needs the extra 'train'")
@@ -172,17 +172,25 @@ def test_another_recipe_is_refused(recipe: VARRecipe, trained: Path) -> None:
         train_var(recipe, trained)
     with pytest.raises(TrainingError, match="another depth"):
         train_var(replace(recipe, depth=3), trained, resume=True)
+    more = Path(recipe.images[0]) / "top" / "-.png"
+    shutil.copy(more.with_name("0.png"), more)
+    try:
+        with pytest.raises(TrainingError, match="another pictures"):
+            train_var(recipe, trained, resume=True)
+    finally:
+        more.unlink()
 
 
 def test_weights_without_a_run_are_no_finished_stages(
     recipe: VARRecipe, trained: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    shutil.copy(trained / "tokenizer.safetensors", out)
-    with pytest.raises(TrainingError, match=r"holds tokenizer\.safetensors, but no run"):
-        train_var(recipe, out)
-    assert [path.name for path in out.iterdir()] == ["tokenizer.safetensors"]
+    for stored in ("tokenizer.safetensors", f"tokenizer/{CHECKPOINT_FILE}"):
+        out = tmp_path / Path(stored).stem
+        (out / stored).parent.mkdir(parents=True)
+        shutil.copy(trained / stored, out / stored)
+        with pytest.raises(TrainingError, match=f"holds {stored}, but no run"):
+            train_var(recipe, out)
+        assert [path.name for path in out.rglob("*.*")] == [Path(stored).name]
 
 
 def test_too_small_a_side_is_refused_at_once() -> None:
@@ -366,6 +374,8 @@ def test_slope_and_differences() -> None:
         (["--seed", str(2**32)], "below 2^32"),
         (["--vocabulary", "0"], "vocabulary must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "-5"], "steps must be at least 1"),
         (["--streams", "0"], "streams must be at least 1"),
         (["--heads", "5"], "multiple of heads"),
         (["--images", "none"], "none"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +195,21 @@ def test_the_shipped_weights_are_small() -> None:
     assert sizes.pop("ear") <= 16_000_000
     assert sizes.pop("imagenette128") <= 3_000_000
     assert sum(sizes.values()) <= 7_000_000  # the autoencoder's
+
+
+def test_what_ends_it_half_way_leaves_the_shipped_weights_whole(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    measure, names = release.measure, []
+
+    def stops(*arguments: Any) -> dict[str, Any]:
+        names.append(arguments[-1])
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(release, "measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        release.release(run, [str(run.parent)], tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))  # new ones would not fit the others

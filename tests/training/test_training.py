@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from parscale_ear.training.autoencoder import (
 )
 from parscale_ear.training.autoencoder_task import AutoencoderTask, CropsAhead
 from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.folder import Claim
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
     TrainingError,
@@ -175,18 +177,25 @@ def test_structure_counts_in_every_stage_but_sharp(
     assert held - without == pytest.approx(5 * missing, rel=1e-4)
 
 
-def test_it_starts_from_given_weights(folder_of_pictures: Path, tmp_path: Path) -> None:
+def test_it_starts_from_given_weights(
+    folder_of_pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train_autoencoder(recipe(folder_of_pictures, steps=5), first)
     start = str(first / "hybrid.safetensors")
     assert train_autoencoder(
         recipe(folder_of_pictures, steps=5, start=start, learning_rate=1e-9), second
     )
+    assert "does not say how it was trained" not in caplog.text
     ours, theirs = (
         ParScaleEAR.from_pretrained(path).encoder.level2.weight
         for path in (start, second / "vae.safetensors")
     )
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    bare = ParScaleEAR.from_pretrained(start).save_pretrained(tmp_path / "bare.safetensors")
+    short = recipe(folder_of_pictures, steps=2, start=str(bare), stages=("vae",))
+    assert train_autoencoder(short, tmp_path / "third")
+    assert "bare.safetensors does not say how it was trained" in caplog.text
 
 
 def test_batches_prepared_ahead_are_the_same(folder_of_pictures: Path) -> None:
@@ -283,9 +292,41 @@ def test_another_recipe_does_not_resume(folder_of_pictures: Path, tmp_path: Path
         train_autoencoder(recipe(folder_of_pictures, steps=3, batch=4), out, resume=True)
     with pytest.raises(TrainingError, match="already holds a run"):
         train_autoencoder(recipe(folder_of_pictures, steps=3), out)
+    Image.new("RGB", (96, 96)).save(folder_of_pictures / "-.png")  # who is held out would change
+    with pytest.raises(TrainingError, match="another pictures, validated; give the same options"):
+        train_autoencoder(recipe(folder_of_pictures, steps=3), out, resume=True)
     (out / "recipe.json").write_text("{")
     with pytest.raises(TrainingError, match=r"recipe\.json: damaged .*name a new folder"):
         train_autoencoder(recipe(folder_of_pictures, steps=3), out, resume=True)
+
+
+def test_a_run_that_fails_before_anything_is_stored_leaves_its_folder_free(
+    folder_of_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, small = tmp_path / "run", recipe(folder_of_pictures, steps=3, stages=("vae", "hybrid"))
+    loss = AutoencoderTask.loss
+
+    def out_of_memory(task: AutoencoderTask, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if task.stage == failing:
+            raise torch.OutOfMemoryError("too large a batch")
+        return loss(task, step)
+
+    monkeypatch.setattr(AutoencoderTask, "loss", out_of_memory)
+    failing = "vae"
+    with pytest.raises(torch.OutOfMemoryError):
+        train_autoencoder(replace(small, batch=4), out)
+    failing = "hybrid"
+    with pytest.raises(torch.OutOfMemoryError):
+        train_autoencoder(small, out)  # another recipe, and no --resume
+    with pytest.raises(TrainingError, match="already holds a run"):  # as vae.safetensors is there
+        train_autoencoder(replace(small, batch=4), out)
+    (out / "vae.safetensors").unlink()
+    shutil.rmtree(out / "vae")  # and its checkpoint
+    failing = "vae"
+    with pytest.raises(torch.OutOfMemoryError):
+        train_autoencoder(small, out, resume=True)
+    with pytest.raises(TrainingError, match="already holds a run"):  # this call did not begin it
+        train_autoencoder(replace(small, batch=4), out)
 
 
 def test_to_resume_what_is_not_there_is_told(
@@ -484,3 +525,27 @@ def test_colours_are_centred_over_training_crops(tmp_path: Path) -> None:
     torch.testing.assert_close(error, torch.zeros(3), atol=1e-5, rtol=0)
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["decoder.bands2.bias"]
+
+
+def test_what_auto_is_belongs_to_the_run(
+    folder_of_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine must not go on in another precision."""
+    short = recipe(folder_of_pictures, steps=2, stages=("vae",), precision="auto")
+
+    def claim(kernels: bool, *, resume: bool, asked: Recipe = short) -> Claim:
+        monkeypatch.setattr("parscale_ear.training.loop.multiplies_bf16", lambda device: kernels)
+        return Claim(asked, tmp_path, resume=resume)
+
+    claim(True, resume=False).write()
+    assert json.loads((tmp_path / "recipe.json").read_text())["precision"] == "bf16"
+    claim(True, resume=True)
+    claim(False, resume=True, asked=replace(short, precision="bf16"))
+    with pytest.raises(TrainingError, match="another precision"):
+        claim(False, resume=True)
+    told = json.loads((tmp_path / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps({**told, "precision": "auto"}))
+    claim(False, resume=True)  # of a version that did not say what it was
+    monkeypatch.setattr(OneProcess, "union", lambda self, names: {*names, "bf16"})
+    with pytest.raises(TrainingError, match=r"different precisions \(bf16, fp32\); name one by"):
+        claim(False, resume=True)
