@@ -2,6 +2,7 @@
 # One command from a fresh clone to a working environment; see usage() below.
 # Runs with the bash 3.2 of macOS too. pip's own settings (mirrors, proxies, cache) are left alone.
 set -euo pipefail
+unset CDPATH # or cd may lead to another folder
 
 readonly POETRY=2.5.1 POETRY_EXPORT=1.10.1 # exact: they read the lock and build the package
 readonly FREE_GB=10                        # about 7 GB installed, the rest while pip unpacks

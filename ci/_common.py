@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
@@ -28,16 +28,17 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError
-from parscale_ear.device import UsageError, exact_fp32, resolve_device
+from parscale_ear.device import UsageError, exact_fp32
+from parscale_ear.device import resolve_device as resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
-from parscale_ear.metrics.features import FeatureError
+from parscale_ear.metrics.features import FeatureChoice, FeatureError
 from parscale_ear.metrics.generation import shipped_statistics
-from parscale_ear.profiling.origin import device_name, origin
+from parscale_ear.profiling.origin import device_name as device_name
+from parscale_ear.profiling.origin import origin
 from parscale_ear.verbs.common import check_output
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
-REPORT_FORMAT = 1
 EVIDENCE = ROOT / "docs" / "results"  # trainings and judgements on record, beside kept reports
 FULL = {  # report → settings of a full run: how much is measured
     "latency": {"num_runs": 100},
@@ -47,6 +48,7 @@ FULL = {  # report → settings of a full run: how much is measured
     "generation": {"num_samples": 256},
 }
 FULL_DEPTH, FULL_STREAMS = 16, (1, 2, 4)  # of the VAR that M2-4 measures, untrained; P
+FULL_GENERATION = {"label": 3, "guidance": 1.5}  # of M2-4
 REPORTS = {  # file → milestone, in the order of the table
     "sanity": "M2-1",
     "latency": "M2-2",
@@ -109,6 +111,11 @@ def skipped(name: str, why: str, limit: str = "") -> Target:
     return Target(name, "SKIPPED", limit=limit, why=why)
 
 
+def unjudged(targets: Sequence[Target], why: str) -> list[Target]:
+    """The same targets without a verdict."""
+    return [skipped(target.name, why, target.limit) for target in targets]
+
+
 def parser(description: str, output: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
     result = argparse.ArgumentParser(description=description)
@@ -122,6 +129,14 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
         "hybrid gains, the sharp decoder's distance; nor on what is on record",
     )
     return result
+
+
+def add_results_option(result: argparse.ArgumentParser) -> None:
+    """The folder of reports that a script reads; ``output`` is None where none is named."""
+    result.add_argument(
+        "--results", type=Path, default=Path("results"), help="their folder, and the output's"
+    )
+    result.set_defaults(output=None)
 
 
 def add_reference_options(result: argparse.ArgumentParser) -> None:
@@ -141,8 +156,10 @@ def add_reference_options(result: argparse.ArgumentParser) -> None:
     )
     result.add_argument(
         "--features",
-        choices=("auto", "inception", "efficientnet-lite1", "efficientnet-lite0"),
-        default="auto",
+        choices=get_args(FeatureChoice),
+        default=os.environ.get("CI_FEATURES") or "auto",
+        help="network whose features distances are taken in (or CI_FEATURES); auto, the default: "
+        "Inception if its weights are there or can be downloaded, else efficientnet-lite1",
     )
     result.add_argument("--inception-weights", type=Path, help="pytorch-fid's weight file")
 
@@ -201,7 +218,7 @@ def load_generator(path: Path | None, device: torch.device) -> EnergyAR:
 def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """What every report says about where it comes from."""
     return {
-        "format": REPORT_FORMAT,
+        "run": os.environ.get("CI_RUN"),  # the same in all reports of one ci/run.sh
         **origin(device, str(dtype).removeprefix("torch.")),
         "source_sha256": source_digest(),
         "weights_sha256": weights_digest(),
@@ -275,11 +292,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def progress(total: int, description: str) -> Iterator[Callable[..., Any]]:
     """A progress bar on stderr; yields what to call with the number of things done (default 1)."""
     with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True) as bar:
-
-        def advance(count: int = 1) -> None:
-            bar.update(count)
-
-        yield advance
+        yield bar.update
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> int:
@@ -308,37 +321,3 @@ def run(main: Callable[[Sequence[str] | None], int]) -> int:
     except Exception:
         traceback.print_exc()
         return WRONG
-
-
-__all__ = [
-    "EVIDENCE",
-    "FULL",
-    "FULL_DEPTH",
-    "FULL_STREAMS",
-    "MISSED",
-    "PASSED",
-    "REPORTS",
-    "ROOT",
-    "WRONG",
-    "Target",
-    "UsageError",
-    "add_reference_options",
-    "at_least",
-    "at_most",
-    "common_fields",
-    "device_name",
-    "finish",
-    "holds",
-    "load_generator",
-    "number",
-    "parser",
-    "positive_int",
-    "progress",
-    "resolve_device",
-    "run",
-    "skipped",
-    "source_digest",
-    "table",
-    "verdict",
-    "weights_digest",
-]

@@ -108,14 +108,21 @@ def distance_head(result: Mapping[str, Any]) -> tuple[str, ...]:
     return ("", result["distance_name"], *LABELS.values())
 
 
+def interval_note(reference: Mapping[str, Any]) -> str:
+    """How intervals over the reference pictures were made, and how far to trust them."""
+    note = f"intervals meant for 95 %, by jackknife over {reference['scenes']} scenes"
+    if reference["scenes"] < GROUPS:
+        note += " (of 13 scenes those of distances hold 85 to 91 % in simulations)"
+    return note
+
+
 def distance_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Variants, then differences, each with its interval."""
 
-    def text(interval: Mapping[str, float | None], digits: int, sign: str = "") -> str:
+    def text(interval: Mapping[str, Any], digits: int, sign: str = "") -> str:
         if not all(v is not None and math.isfinite(v) for v in interval.values()):
             return "—"
-        value, low, high = (f"{interval[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
-        return f"{value} [{low}, {high}]"
+        return ci.interval(interval, digits, sign=sign)
 
     rows = []
     for kind, sign in (("variants", ""), ("differences", "+")):

@@ -125,7 +125,7 @@ def _pictures(
     model: EnergyAR, classes: int, streams: int, seed: int, guidance: float | None = None
 ) -> Tensor:
     """P pictures of every class in one call: (classes, P, 3, H, W), 8-bit."""
-    generator = torch.Generator(model.transformer.positions.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     images = model.generate(
         torch.arange(classes), guidance=guidance, streams=streams, generator=generator
     )

@@ -174,7 +174,9 @@ def interval_method(evidence: Mapping[str, Any]) -> str:
     """How intervals over pictures were made, for a reader."""
     if evidence.get("intervals") == "jackknife":
         return "jackknife over pictures"
-    return "bootstrap over pictures, for distances 1.1 to 2 times as wide as it ought to be in simulations"
+    return (
+        "bootstrap over pictures, which in simulations is 0.8 to 2 times as wide as it ought to be"
+    )
 
 
 def head_targets(

@@ -96,6 +96,15 @@ def tokenizer_plot(ours: Mapping[str, float]) -> bytes:
     return _png(figure)
 
 
+def _values(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    return [row["value"] for row in rows]
+
+
+def _arms(rows: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """Lengths of error bars, downwards and upwards."""
+    return [[abs(row["value"] - row[end]) for row in rows] for end in ("low", "high")]
+
+
 def training_plot(variants: Mapping[str, Any]) -> bytes:
     """Difference to the hybrid of models trained without it, or with half of it."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -103,11 +112,8 @@ def training_plot(variants: Mapping[str, Any]) -> bytes:
     names = [name for name in variants if name != "hybrid"]
     for offset, name in enumerate(names):
         rows = [entry["minus_hybrid"] for entry in variants[name].values()]
-        values = [row["value"] for row in rows]
-        errors = [[v - row["low"] for v, row in zip(values, rows, strict=True)],
-                  [row["high"] - v for v, row in zip(values, rows, strict=True)]]  # fmt: skip
         places = [k + 0.15 * (offset - (len(names) - 1) / 2) for k in range(len(rows))]
-        axis.errorbar(places, values, yerr=errors, fmt="o", capsize=3, label=name)
+        axis.errorbar(places, _values(rows), yerr=_arms(rows), fmt="o", capsize=3, label=name)
     axis.set_xticks(range(len(variants["hybrid"])), list(variants["hybrid"]))
     axis.axhline(0, color="grey", linewidth=1)
     axis.set_ylabel("PSNR − hybrid's, dB")
@@ -158,12 +164,7 @@ def worth_plot(counts: Sequence[int], rows: Sequence[Mapping[str, float]], label
     """A difference to one stream against the number of streams, with intervals."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     axis = figure.subplots()
-    values = [row["value"] for row in rows]
-    errors = [
-        [row["value"] - row["low"] for row in rows],
-        [row["high"] - row["value"] for row in rows],
-    ]
-    axis.errorbar(counts, values, yerr=errors, fmt="o", capsize=4)
+    axis.errorbar(counts, _values(rows), yerr=_arms(rows), fmt="o", capsize=4)
     axis.axhline(0, color="grey", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
@@ -180,12 +181,7 @@ def ablation_plot(figures: Mapping[str, Any]) -> bytes:
     labels = (("psnr_db", "PSNR, dB"), ("distance", figures["distance_name"]))
     for axis, (metric, label) in zip(axes, labels, strict=True):
         rows = [figures["differences"][name][metric] for name in names]
-        values = [row["value"] for row in rows]
-        errors = [
-            [row["value"] - row["low"] for row in rows],
-            [row["high"] - row["value"] for row in rows],
-        ]
-        axis.errorbar(values, range(len(names)), xerr=errors, fmt="o", capsize=4)
+        axis.errorbar(_values(rows), range(len(names)), xerr=_arms(rows), fmt="o", capsize=4)
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.axvline(0, color="grey", linewidth=1)

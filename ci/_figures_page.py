@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ci import _common as ci
 from ci import _evidence, _generation_tables, _stream_tables
-from ci._distances import distance_head, distance_rows
+from ci._distances import distance_head, distance_rows, interval_note
 from ci._markdown import markdown, origin
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._tables import (
+    LATENCY_HEAD,
     TOKENIZER_HEAD,
     TOKENIZER_NOTE,
+    latency_rows,
     tokenizer_rows,
     training_head,
     training_rows,
@@ -23,7 +24,7 @@ from ci.validate_results import REPORTS, milestone_rows
 Section = tuple[str, list[str]]
 DECODERS = (
     "hybrid is the default, LiteVAE with Lite-Hybrid and the faithful decoder; baseline LiteVAE alone, by a "
-    "decoder trained to do without the hybrid; sharp the decoder for looks. In brackets: 95 % intervals."
+    "decoder trained to do without the hybrid; sharp the decoder for looks. In brackets: intervals."
 )
 SWITCHED = "full is the default as it ships; without a branch, its output is 0 and nothing is trained anew."
 
@@ -44,8 +45,8 @@ def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
             "Milestones",
             [
                 markdown(
-                    ("milestone", "target", "value", "limit", "status"),
-                    [row[:5] for row in milestone_rows(reports)],
+                    ("milestone", "target", "value", "limit", "status", "to keep in mind"),
+                    milestone_rows(reports),
                 )
             ],
         ),
@@ -71,18 +72,7 @@ def _latency(sanity: Mapping[str, Any], latency: Mapping[str, Any]) -> list[str]
         f"decoder {counts['decoder']:,}, together {counts['total']:,}; "
         f"{latency['figures']['gflop_per_image']:.2f} GFLOP per 256×256 image, there and back.",
         "",
-        markdown(
-            ("batch", "mean, ms/image", "P50", "P99", "images/s", "share of the compute roof"),
-            [
-                (
-                    str(row["batch_size"]),
-                    *(ci.number(row[f"{key}_ms_per_image"]) for key in ("mean", "p50", "p99")),
-                    f"{row['images_per_s']:.0f}",
-                    f"{row['fraction_of_compute_roof']:.0%}",
-                )
-                for row in latency["figures"]["batches"]
-            ],
-        ),
+        markdown(LATENCY_HEAD, latency_rows(latency["figures"])),
         "",
         origin(latency, f"{latency['settings']['num_runs']} runs a batch size"),
     ]
@@ -103,7 +93,10 @@ def _distances(report: Mapping[str, Any]) -> list[str]:
     reference = figures["reference"]
     samples = f"{reference['pictures']} crops of {reference['scenes']} scenes"
     head, rows = distance_head(figures), distance_rows(figures)
-    lines = [markdown(head, rows), "", origin(report, samples)]
+    note = interval_note(reference)
+    lines = [
+        markdown(head, rows), "", origin(report, samples), "", f"{note[0].upper()}{note[1:]}."
+    ]  # fmt: skip
     if reference["warning"]:
         lines += ["", f"Note: {reference['warning']}."]
     return lines
@@ -148,8 +141,8 @@ def _streams(report: Mapping[str, Any]) -> list[Section]:
         (
             "Parallel streams: VAR",
             [
-                f"{figures['model']}, one label, {figures['side']}×{figures['side']}, guidance; a "
-                "generation with its decoder, and its tokens alone.",
+                f"{figures['model']}, one label, {figures['side']}×{figures['side']}, guidance "
+                f"{report['settings']['guidance']:g}; a generation with its decoder, and its tokens alone.",
                 "",
                 markdown(tables.stream_head(), tables.stream_rows(figures)),
                 "",

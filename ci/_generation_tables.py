@@ -36,8 +36,8 @@ def judged_note(judged: Mapping[str, Any]) -> str:
         "its last two parts, and decoders, by this one (docs/experiments.md). The distance of real "
         "pictures is that of training pictures that the autoencoder restored, whose sharp decoder "
         "was trained on them, too; as many as were drawn: it falls with their number, so only "
-        f"distances of equally many compare. Its interval: "
-        f"{_evidence.interval_method(judged)}. Data: {', '.join(judged['data'])}. On record, by release "
+        f"distances of equally many compare. The drawn pictures' interval: "
+        f"{_evidence.interval_method(judged)}, those drawn alone. Data: {', '.join(judged['data'])}. On record, by release "
         f"{judged['version']}: {told(judged)}."
     )
 

@@ -22,6 +22,7 @@ def told(report: Mapping[str, Any], samples: str = "") -> str:
         report.get("device"),
         None if threads is None else f"{threads} thread{'s' if threads > 1 else ''}",
         report.get("dtype"),
+        f"trained in {report['trained_in']}" if "trained_in" in report else None,
         samples,
         f"release {report['version']}" if "milestone" in report else None,
         f"torch {report['torch']}" if "torch" in report else None,

@@ -85,7 +85,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     ours, facts = own_figures(), shipped_facts()
     sharp, lowered = facts["sharp"], 1 - facts["sharp"]["distance"] / facts["faithful"]["distance"]
     card = f"model card: {ours['pictures']} photographs, float32"
-    nearer = fid["figures"]["differences"]["sharp"]["relative_distance"]["value"]
+    nearer = fid["figures"]["differences"]["sharp"]["relative_distance"]
     variants, reference = fid["figures"]["variants"], fid["figures"]["reference"]
     crops = told(fid, f"{reference['pictures']} crops of {reference['scenes']} scenes")
     single = latency["figures"]["batches"][0]
@@ -114,7 +114,8 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
                 f"{name}: PSNR {row['psnr_db']['value']:.2f} dB, SSIM {row['ssim']['value']:.3f}"
                 for name, row in (("faithful", variants["hybrid"]), ("sharp", variants["sharp"]))
             )
-            + f", {fid['figures']['distance_name']} {-nearer:.0%} below the faithful one's",
+            + f", {fid['figures']['distance_name']} {-nearer['value']:.0%} [{-nearer['high']:.0%}, "
+            f"{-nearer['low']:.0%}] below the faithful one's",
             crops,
         ),
         (
@@ -169,7 +170,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     if {"P = 4", "P = 4, aggregate"} <= cases.keys():
         rows.append(
             (
-                f"4 streams of {streams['figures']['model']} in one pass",
+                f"4 streams of {_model(streams['figures'])} in one pass",
                 f"{cases['P = 4']['median_s']:.1f} s for four pictures (four calls: "
                 f"{cases['P = 4']['sequential_s']:.1f} s), {cases['P = 4, aggregate']['median_s']:.1f} s for one "
                 f"from all four (one stream: {cases['P = 1']['median_s']:.1f} s)",

@@ -106,7 +106,7 @@ def timed_dtype(device: torch.device) -> torch.dtype:
 
 def as_timed(var: VAR) -> tuple[VAR, bool]:
     """The model as it is timed: in its dtype, packed on the CPU where that is possible."""
-    device = var.transformer.positions.device
+    device = var.device
     dtype = timed_dtype(device)
     var.set_dtype(dtype)
     packs = device.type == "cpu" and can_pack(dtype)
@@ -123,7 +123,7 @@ def streams_for(
     get fresh prefixes and weights, so that time and memory are those of trained ones.
     """
     config = var.config.transformer
-    device, dtype = var.transformer.positions.device, var.transformer.positions.dtype
+    device, dtype = var.device, var.dtype
     if source.streams is not None and case.streams > 1:
         trained = ParallelStreams.from_pretrained(source.streams)
         if trained.count == case.streams:
@@ -147,7 +147,7 @@ def ear_streams(model: EnergyAR, case: Case, seed: int) -> ParallelStreams | int
     fresh = ParallelStreams.fitting(
         model.config.transformer, case.streams, prefix_tokens=EARRecipe.prefix_tokens
     )
-    return fresh.to(model.transformer.positions.device).eval()
+    return fresh.to(model.device).eval()
 
 
 def prefix_tokens(streams: ParallelStreams | int) -> int:
@@ -177,7 +177,7 @@ def run_case(
     seed: int,
 ) -> None:
     """One timed generation; adds to what the case holds."""
-    device = var.transformer.positions.device
+    device = var.device
     generator = torch.Generator(device).manual_seed(seed)
     stamps: list[float] = []
     calls = [0] * var.config.depth

@@ -27,6 +27,26 @@ TRIAL_HEAD = (
 )
 
 
+LATENCY_HEAD = (
+    *("batch", "mean, ms/image", "P50", "P95", "P99", "images/s"),
+    *("of the compute roof", "of the memory roof"),
+)
+
+
+def latency_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row a batch size."""
+    return [
+        (
+            str(row["batch_size"]),
+            *(f"{row[f'{key}_ms_per_image']:.2f}" for key in ("mean", "p50", "p95", "p99")),
+            f"{row['images_per_s']:.1f}",
+            f"{row['fraction_of_compute_roof']:.0%}",
+            f"{row['fraction_of_memory_roof']:.0%}",
+        )
+        for row in figures["batches"]
+    ]
+
+
 def own_figures() -> dict[str, float]:
     """Our PSNR and SSIM on the validation pictures of the model card, and our size."""
     figures = checkpoint.load(shipped_weights())[1]["training"]["validation"]

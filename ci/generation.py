@@ -152,7 +152,7 @@ def _single(model: EnergyAR, settings: Mapping[str, float], seed: int) -> float:
 @torch.no_grad()
 def _heads(model: EnergyAR, rounds: int) -> dict[str, float]:
     """Seconds a token of the energy head, and of a diffusion head of its width, taking turns."""
-    config, device = model.config, model.transformer.positions.device
+    config, device = model.config, model.device
     diffusion = DiffusionHead(**config.head, steps=DIFFUSION_STEPS).to(device)
     level = model.pyramid.levels - 1
     hidden = torch.randn(*HEAD_TOKENS, config.width, device=device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ if __package__ in (None, ""):
 import torch
 
 from ci import _common as ci
+from ci._tables import LATENCY_HEAD, latency_rows
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.device import DTYPES
 from parscale_ear.profiling.latency import benchmark_model_precise, time_alternately
@@ -71,7 +73,6 @@ def compare_with_autoencoder_tiny(runs: int) -> dict[str, Any]:
         "autoencoder_tiny_p50_ms_per_image": tiny_ms,
         "autoencoder_tiny_layout": ("contiguous", "channels-last")[theirs.index(tiny_ms)],
         "ratio_p50": tiny_ms / ours_ms,
-        "autoencoder_tiny_parameters": sum(p.numel() for p in tiny.parameters()),
     }
 
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = ci.resolve_device(arguments.device)
     torch.manual_seed(arguments.seed)
     model = ParScaleEAR.from_pretrained(device=device, dtype=DTYPES[arguments.dtype])
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
 
     roof_runs = 3 if arguments.quick else 10
     roof = measure_roof(device, dtype, runs=roof_runs)
@@ -114,14 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         reason = f"diffusers does not import ({error}); it is in the Poetry group 'bench'"
 
-    _print(rows, flops, roof.as_dict())
     figures = {
         "gflop_per_image": flops / 1e9,
         "batches": rows,
         "roof": roof.as_dict(),
         "against_autoencoder_tiny": compared,
-        "prototype_p99_ms_per_image": PROTOTYPE_P99_MS,
     }
+    _print(figures)
     targets = _targets(device, rows, compared, reason, arguments.quick)
     fields = ci.common_fields(device, dtype, arguments.seed)
     settings = {"num_runs": runs, "height": 256, "width": 256, "batch_sizes": list(BATCH_SIZES)}
@@ -135,47 +135,40 @@ def _targets(
     reason: str,
     quick: bool,
 ) -> list[ci.Target]:
-    p99 = f"P99 per image at batch {BATCH_SIZES[-1]} on CUDA"
-    ratio = "times faster than AutoencoderTiny (FP32, CPU, batch 4)"
-    share = "largest share of the compute roof: more than all of it cannot be"
     beside = f"the prototype printed {PROTOTYPE_P99_MS} ms"
-    if quick:
-        why = "--quick gives no verdict on timings"
-        limits = {p99: "≤ 1 ms", ratio: "≥ 10", share: f"≤ {1 + SLACK:g}"}
-        return [ci.skipped(name, why, limit) for name, limit in limits.items()]
-    plausible = ci.at_most(share, max(row["fraction_of_compute_roof"] for row in rows), 1 + SLACK)
-    if device.type == "cuda":
-        value = rows[-1]["p99_ms_per_image"]
-        return [
-            ci.at_most(p99, value, CUDA_P99_MS, "ms", beside),
-            ci.skipped(ratio, "counts where the P99 on CUDA cannot be measured", "≥ 10"),
-            plausible,
-        ]
-    why = f"measured on {device.type}, not on CUDA; {beside}"
-    if compared is None:
-        judged = ci.skipped(ratio, reason, "≥ 10")
-    else:
-        judged = ci.at_least(ratio, compared["ratio_p50"], CPU_RATIO)
-    return [ci.skipped(p99, why, "≤ 1 ms"), judged, plausible]
-
-
-def _print(rows: list[dict[str, Any]], flops: int, roof: dict[str, Any]) -> None:
-    ci.table(
-        ("batch", "mean ms", "P50", "P95", "P99", "images/s", "GFLOP/s", "of roof", "peak MiB"),
-        [
-            (
-                str(row["batch_size"]),
-                *(f"{row[f'{key}_ms_per_image']:.2f}" for key in ("mean", "p50", "p95", "p99")),
-                f"{row['images_per_s']:.1f}",
-                f"{row['flops_per_s'] / 1e9:.0f}",
-                f"{row['fraction_of_compute_roof']:.0%}",
-                "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
-            )
-            for row in rows
-        ],
+    p99 = ci.at_most(
+        f"P99 per image at batch {BATCH_SIZES[-1]} on CUDA",
+        rows[-1]["p99_ms_per_image"],
+        CUDA_P99_MS,
+        "ms",
+        beside,
     )
+    ratio = ci.at_least(
+        "times faster than AutoencoderTiny (FP32, CPU, batch 4)",
+        math.nan if compared is None else compared["ratio_p50"],
+        CPU_RATIO,
+    )
+    share = ci.at_most(
+        "largest share of the compute roof: more than all of it cannot be",
+        max(row["fraction_of_compute_roof"] for row in rows),
+        1 + SLACK,
+    )
+    if quick:
+        return ci.unjudged([p99, ratio, share], "--quick gives no verdict on timings")
+    if device.type == "cuda":
+        (ratio,) = ci.unjudged([ratio], "counts where the P99 on CUDA cannot be measured")
+        return [p99, ratio, share]
+    (p99,) = ci.unjudged([p99], f"measured on {device.type}, not on CUDA; {beside}")
+    if compared is None:
+        (ratio,) = ci.unjudged([ratio], reason)
+    return [p99, ratio, share]
+
+
+def _print(figures: Mapping[str, Any]) -> None:
+    ci.table(LATENCY_HEAD, latency_rows(figures))
+    roof = figures["roof"]
     print(
-        f"milliseconds per image; {flops / 1e9:.2f} GFLOP an image; roof measured here: "
+        f"{figures['gflop_per_image']:.2f} GFLOP an image; roof measured here: "
         f"{roof['flops_per_s'] / 1e9:.0f} GFLOP/s, {roof['bytes_per_s'] / 1e9:.1f} GB/s"
     )
 

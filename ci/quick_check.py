@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ci.at_least(f"{variant}: PSNR", figures[f"{variant}_psnr_db"], LEAST_PSNR, "dB")
         )
     targets += [*shape_targets(model), *identity_targets(model, reference.pictures[:4])]
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
     fields = ci.common_fields(device, dtype, arguments.seed)
     settings = {"num_samples": len(reference.pictures)}
     return ci.finish("quick", "check", arguments, fields, settings, figures, targets)

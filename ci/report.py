@@ -22,7 +22,7 @@ import torch
 
 from ci import _common as ci
 from ci import _evidence, _generation_tables, _stream_tables
-from ci._distances import distance_head, distance_rows
+from ci._distances import distance_head, distance_rows, interval_note
 from ci._figures import (
     ablation_plot,
     data_url,
@@ -37,9 +37,11 @@ from ci._figures import (
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._readme import write_documents
 from ci._tables import (
+    LATENCY_HEAD,
     TOKENIZER_HEAD,
     TOKENIZER_NOTE,
     TRIAL_HEAD,
+    latency_rows,
     own_figures,
     tokenizer_rows,
     training_head,
@@ -135,9 +137,8 @@ def build_html(
         parts.append(
             _figure(
                 ablation_plot(reports["ablation"]["figures"]),
-                "What switching a branch off in the trained model changes, with 95 % intervals "
-                "(jackknife over photographs). It shows whether a branch is used, not what it is "
-                "worth.",
+                "What switching a branch off in the trained model changes, with the intervals of the "
+                "table. It shows whether a branch is used, not what it is worth.",
             )
         )
     if "streams" in reports:
@@ -202,26 +203,6 @@ def _trials() -> list[str]:
 
 def _latency(report: Mapping[str, Any]) -> list[str]:
     figures = report["figures"]
-    rows = [
-        (
-            str(row["batch_size"]),
-            *(f"{row[f'{key}_ms_per_image']:.2f}" for key in ("mean", "p50", "p95", "p99")),
-            f"{row['images_per_s']:.1f}",
-            f"{row['fraction_of_compute_roof']:.0%}",
-            f"{row['fraction_of_memory_roof']:.0%}",
-        )
-        for row in figures["batches"]
-    ]
-    head = (
-        "batch",
-        "mean ms",
-        "P50",
-        "P95",
-        "P99",
-        "images/s",
-        "of compute roof",
-        "of memory roof",
-    )
     roof = figures["roof"]
     text = (
         f"Milliseconds per 256×256 image, {report['dtype']}, {report['settings']['num_runs']} runs, "
@@ -239,7 +220,7 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
         )
     return [
         "<h2>M2-2 latency</h2>",
-        _table(head, rows),
+        _table(LATENCY_HEAD, latency_rows(figures)),
         f"<p>{html.escape(text)}</p>",
         _figure(latency_plot(figures), "Milliseconds per image against batch size."),
     ]
@@ -372,8 +353,7 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
     return [
         f"<h2>{html.escape(title)}</h2>",
         _table(distance_head(figures), distance_rows(figures)),
-        f"<p>95 % intervals by jackknife over {reference['scenes']} scenes; "
-        f"{html.escape(reference['source'])}. Two halves of the originals are "
+        f"<p>{interval_note(reference)}; {html.escape(reference['source'])}. Two halves of the originals are "
         f"{figures['reference_distance']:.1f} apart.</p>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes if note),
         *more,
@@ -409,7 +389,7 @@ def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], fold
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns the exit code."""
     parser = ci.parser((__doc__ or "").split("\n\n")[0], "report.html")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
+    ci.add_results_option(parser)
     parser.add_argument("--keep", action="store_true", help="copy the reports to docs/results")
     parser.add_argument(
         "--readme",
@@ -437,11 +417,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged, _ = _evidence.shipped_judgement(arguments.results / EVIDENCE_FILE)  # beside them
     neighbours = path.read_bytes() if path.is_file() and judged is not None else None
     page = build_html(reports, problems, ci.resolve_device(arguments.device), neighbours)
-    checkpoint.write_text(arguments.output, page)
-    print(f"wrote {arguments.output} ({len(page) / 2**20:.1f} MiB)")
+    output = arguments.output or arguments.results / "report.html"
+    checkpoint.write_text(output, page)
+    print(f"wrote {output} ({len(page) / 2**20:.1f} MiB)")
     for problem in problems:
         print(f"problem: {problem}")
-    print(json.dumps({"report": str(arguments.output), "problems": problems}))
+    print(json.dumps({"report": str(output), "problems": problems}))
     return ci.WRONG if problems else ci.PASSED
 
 

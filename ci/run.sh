@@ -3,6 +3,7 @@
 # A failing step does not hide the later ones; the exit code tells: 0 all passed, 1 a target was
 # missed, 2 wrong use or missing data.
 set -uo pipefail
+unset CDPATH # or cd may lead to another folder
 
 usage() {
   cat <<'END'
@@ -18,6 +19,7 @@ results/*.json and results/report.html. Sets up .venv first if it is not there.
 
 Environment: CI_NUM_RUNS (timed runs a batch size), CI_FID_SAMPLES (pictures),
 CI_STREAM_RUNS (timed rounds of the streams), CI_GENERATION_SAMPLES (drawn pictures),
+CI_FEATURES (auto, inception or efficientnet-lite1: whose features distances are taken in),
 REF_DIR (folder or tar of photographs to measure on), CI_PYTHON (an interpreter that has all that
 is needed: nothing is set up then).
 END
@@ -67,6 +69,8 @@ if ! "$python" -c 'import matplotlib, numpy, safetensors, scipy, torch, tqdm'; t
   exit 2
 fi
 mkdir -p results || exit 2
+CI_RUN=$("$python" -c 'import uuid; print(uuid.uuid4().hex)') || exit 2
+export CI_RUN # in every report, so that those of one run are known to belong together
 # What an earlier run left must not pass for this one's.
 rm -f results/{sanity,latency,fid,ablation,streams,generation,summary}.json results/report.html || {
   echo "run.sh: the files of an earlier run in results cannot be removed" >&2

@@ -74,11 +74,10 @@ def _forward(model: ParScaleEAR, images: Tensor) -> Tensor:
 
 def shape_targets(model: ParScaleEAR) -> list[ci.Target]:
     """Sizes on and off the grid, and every component alone."""
-    weight = next(model.parameters())
     targets = []
     with torch.inference_mode():
         for height, width in ((256, 256), *ODD_SIZES):
-            images = torch.rand(2, 3, height, width, device=weight.device, dtype=weight.dtype)
+            images = torch.rand(2, 3, height, width, device=model.device, dtype=model.dtype)
             images = images * 2 - 1
             posterior = model.encode(images)
             latent = posterior.sample(torch.Generator().manual_seed(0))
@@ -101,7 +100,7 @@ def shape_targets(model: ParScaleEAR) -> list[ci.Target]:
         restored = reconstruct_image(model, odd)
         targets.append(ci.holds("any size by padding (123×77)", restored.shape == odd.shape))
         try:
-            model.encode(torch.zeros(1, 3, 100, 100, device=weight.device, dtype=weight.dtype))
+            model.encode(torch.zeros(1, 3, 100, 100, device=model.device, dtype=model.dtype))
             refused = False
         except ValueError:
             refused = True
@@ -113,10 +112,9 @@ def identity_targets(model: ParScaleEAR, pictures: Tensor) -> list[ci.Target]:
     """Determinism, and save → load → the same bits."""
     first = reconstruct_pictures(model, pictures)
     second = reconstruct_pictures(model, pictures)
-    weight = next(model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         path = model.save_pretrained(folder)
-        loaded = ParScaleEAR.from_pretrained(path, device=weight.device, dtype=weight.dtype)
+        loaded = ParScaleEAR.from_pretrained(path, device=model.device, dtype=model.dtype)
     same_weights = all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
@@ -134,8 +132,7 @@ def identity_targets(model: ParScaleEAR, pictures: Tensor) -> list[ci.Target]:
 
 def counted_gflop(model: ParScaleEAR) -> float:
     """GFLOP of one 256×256 image as ``torch.utils.flop_counter`` counts them."""
-    weight = next(model.parameters())
-    images = torch.zeros(1, 3, 256, 256, device=weight.device, dtype=weight.dtype)
+    images = torch.zeros(1, 3, 256, 256, device=model.device, dtype=model.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 1e9
@@ -149,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = wheel_reference(14 if arguments.quick else 28)
     pictures = reference.pictures
     model = ParScaleEAR.from_pretrained(device=device)
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
 
     counts = model.parameter_count()
     gflop = counted_gflop(model)

@@ -18,11 +18,14 @@ import torch
 from ci import _common as ci
 from ci._streams import measurement_of
 from parscale_ear import checkpoint
+from parscale_ear.data.reference import WHEELS
 from parscale_ear.device import DTYPES, default_dtype
 from parscale_ear.generator.ear import shipped_generator
 from parscale_ear.profiling.redflags import find_red_flags
 
 REPORTS = ci.REPORTS
+NUMBER = r"-?[\d.,e+-]+"  # as ``ci.number`` writes it
+JUDGES = ("FID", "FD-EfficientNetLite1")  # distances to publish: Lite0 took part in trainings
 ROUNDED = 5e-4  # relative: what four digits may leave out
 SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
@@ -121,18 +124,26 @@ def follows(target: ci.Target) -> bool:
     """Whether a target's status is what its figure and its limit say.
 
     Limits are written with four digits, so a figure within ``ROUNDED`` of one says nothing; nor do
-    targets without figure or limit, and skipped ones.
+    targets without limit, and skipped ones. What has a limit and no figure cannot have passed.
     """
-    found = re.fullmatch(r"([≥≤<]) (-?[\d.,e+-]+)( .*)?", target.limit)
-    if target.status == "SKIPPED" or target.value is None or found is None:
+    if target.status == "SKIPPED" or not target.limit:
         return True
     if not isinstance(target.value, int | float) or math.isnan(target.value):
         return target.status == "MISSED"
-    limit = float(found[2].replace(",", ""))
-    if abs(target.value - limit) <= ROUNDED * abs(limit):
+    if found := re.fullmatch(rf"({NUMBER}) ± ({NUMBER})", target.limit):  # limits how far off it is
+        sign, value, limit = "≤", abs(target.value - _float(found[1])), _float(found[2])
+    elif found := re.fullmatch(rf"([≥≤<]) ({NUMBER})( .*)?", target.limit):
+        sign, value, limit = found[1], target.value, _float(found[2])
+    else:
+        return False
+    if abs(value - limit) <= ROUNDED * abs(limit):
         return True
-    met = target.value > limit if found[1] == "≥" else target.value < limit
+    met = value > limit if sign == "≥" else value < limit
     return target.status == ("PASS" if met else "MISSED")
+
+
+def _float(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def _stream_problems(report: Mapping[str, Any]) -> list[str]:
@@ -170,7 +181,11 @@ def _ratio_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was not measured as a full run does: ``fid: num_samples 14 of 280``."""
-    found = [
+    found = [f"{name}: missing" for name in REPORTS if name not in reports]
+    runs = {report.get("run") for report in reports.values()}
+    if len(runs) > 1 or None in runs:
+        found.append("not all by one bash ci/run.sh")
+    found += [
         f"{name}: {setting} {counted:,} of {count:,}"
         for name, full in ci.FULL.items()
         if name in reports
@@ -187,6 +202,18 @@ def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
         if missing := sorted(set(ci.FULL_STREAMS) - set(reports["streams"]["settings"]["counts"])):
             found.append(f"streams: without P = {', '.join(map(str, missing))}")
+        found += [
+            f"streams: {name} {settings[name]:g} instead of {value:g}"
+            for name, value in ci.FULL_GENERATION.items()
+            if (settings := reports["streams"]["settings"])[name] != value
+        ]
+    for name in ("fid", "ablation"):
+        if name in reports:
+            figures = reports[name]["figures"]
+            if figures["distance_name"] not in JUDGES:
+                found.append(f"{name}: {figures['distance_name']}")
+            if WHEELS not in figures["reference"]["source"]:
+                found.append(f"{name}: on {figures['reference']['source']}")
     if "generation" in reports:
         recommended = checkpoint.load(shipped_generator())[1]["recommended"]
         found += [
@@ -235,8 +262,9 @@ def judge(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str]) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns the exit code."""
     parser = ci.parser(__doc__ or "", "summary.json")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="their folder")
+    ci.add_results_option(parser)
     arguments = parser.parse_args(argv)
+    output = arguments.output or arguments.results / "summary.json"
     device = ci.resolve_device(arguments.device)
     reports, problems = read_reports(arguments.results)
     problems += find_problems(reports, source=ci.source_digest(), weights=ci.weights_digest())
@@ -261,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "other_than_a_full_run": unlike,
         "milestones": {REPORTS[name]: report["verdict"] for name, report in reports.items()},
     }
-    checkpoint.write_text(arguments.output, json.dumps(summary, indent=1) + "\n")
+    checkpoint.write_text(output, json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
     return code
 

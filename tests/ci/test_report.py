@@ -138,6 +138,16 @@ def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_pat
         (lambda r: r["generation"]["figures"]["settings"].update(guidance=9.0), "guidance 9"),
         (lambda r: r["latency"].update(dtype="bfloat16"), "latency: in bfloat16"),
         (lambda r: r["fid"].update(seed=3), "fid: seed 3"),
+        (lambda r: r["fid"].update(run="another"), "not all by one bash ci/run.sh"),
+        (lambda r: [report.pop("run") for report in r.values()], "not all by one bash ci/run.sh"),
+        (lambda r: r.pop("sanity"), "sanity: missing"),
+        (lambda r: r["streams"]["settings"].update(guidance=0.0), "guidance 0 instead of 1.5"),
+        (lambda r: r["streams"]["settings"].update(label=7), "label 7 instead of 3"),
+        (lambda r: r["fid"]["figures"].update(distance_name="FD-EfficientNetLite0"), "Lite0"),
+        (
+            lambda r: r["ablation"]["figures"]["reference"].update(source="280 pictures of mine"),
+            "ablation: on 280 pictures of mine",
+        ),
     ],
 )
 def test_a_run_with_other_settings_is_not_kept(

@@ -220,8 +220,12 @@ class TestValidation:
     def test_good_reports_pass(self, results: Path, tmp_path: Path) -> None:
         found, _ = read_reports(results)
         expected = 1 if any(r["verdict"] == "MISSED" for r in found.values()) else 0
-        options = ["--results", str(results), "--output", str(tmp_path / "summary.json")]
-        assert ci.validate_results.main(options) == expected
+        assert ci.validate_results.main(["--results", str(results)]) == expected
+        summary = json.loads((results / "summary.json").read_text())  # beside what it is of
+        assert summary["verdict"] == ("MISSED" if expected else "PASS")
+        named = tmp_path / "named.json"
+        ci.validate_results.main(["--results", str(results), "--output", str(named)])
+        assert json.loads(named.read_text())["counts"] == summary["counts"]
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -265,15 +269,17 @@ class TestValidation:
             (2e-7, "≤ 1e-06", "PASS"), (0.1, "< 0", "MISSED"), (float("nan"), "≥ 1", "MISSED"),
             (27.17, "≥ 27.4 dB", "MISSED"), (0.783, "≥ 0.79", "MISSED"),
             (1_500_000, "≥ 1,520,000", "MISSED"), (1_672_272, "≤ 1,680,000", "PASS"),
+            (0.81, "1 ± 0.2", "PASS"), (1.3, "1 ± 0.2", "MISSED"), (0.5, "1 ± 0.2", "MISSED"), (None, "≥ 1", "MISSED"),
         ],
     )  # fmt: skip
     def test_a_status_must_follow_from_its_figure(
-        self, value: float, limit: str, status: str
+        self, value: float | None, limit: str, status: str
     ) -> None:
         other = {"PASS": "MISSED", "MISSED": "PASS"}[status]
         assert follows(_common.Target("x", status, value, limit))
         assert not follows(_common.Target("x", other, value, limit))
         assert follows(_common.Target("x", "SKIPPED", value, limit))
+        assert not follows(_common.Target("x", "PASS", 1.0, "about 1"))  # cannot be followed
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"milestone": "M2-2"}'])
     def test_unreadable_reports(self, tmp_path: Path, content: str) -> None:
@@ -466,6 +472,28 @@ class TestWrongUse:
         assert "No module named" in done.stderr
         assert "bare lacks what is needed" in done.stderr
         assert (tmp_path / "results" / "summary.json").exists()
+
+    def test_run_sh_stays_in_its_own_checkout_and_names_its_run(self, tmp_path: Path) -> None:
+        for folder in ("ours/ci", "others/ci"):
+            (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "ci" / "run.sh", tmp_path / "ours" / "ci")
+        told = tmp_path / "told"
+        fake = tmp_path / "python"  # as a script's output, -c prints what the run is called
+        fake.write_text(f'#!/bin/sh\necho "$PWD $CI_RUN" >>"{told}"\necho 42\n')
+        fake.chmod(0o755)
+        subprocess.run(
+            ["bash", "ci/run.sh"],
+            cwd=tmp_path / "ours",
+            capture_output=True,
+            env={
+                "PATH": "/usr/bin:/bin",
+                "CI_PYTHON": str(fake),
+                "CDPATH": str(tmp_path / "others"),
+            },
+            check=False,
+        )
+        lines = told.read_text().splitlines()
+        assert lines[2:] == [f"{tmp_path / 'ours'} 42"] * 8  # behind the two before the scripts
 
     def test_run_sh(self) -> None:
         done = subprocess.run(
