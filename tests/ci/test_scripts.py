@@ -86,9 +86,7 @@ class TestStreams:
         monkeypatch.setattr(ci.streams, "now", lambda device: clock[0])
         cases = [ci._streams.Case(1, "diverse"), ci._streams.Case(2, "diverse")]
         options = {"label": 0, "guidance": 0.0, "seed": 0}
-        var: Any = SimpleNamespace(
-            transformer=SimpleNamespace(positions=torch.zeros(1)), config=None
-        )
+        var: Any = SimpleNamespace(device=torch.device("cpu"), config=None)
         found = ci.streams._time(var, var, ci._streams.Source(), cases, 2, 3, options)
         # Rounds 1 (a warm-up), 2 and 3 in turn; 4 to 6 beside the twin; 7 and 8 one by one.
         assert cases[0].seconds == cases[0].token_seconds == cases[1].seconds == [2, 3]
