@@ -111,6 +111,11 @@ def test_no_pictures() -> None:
         evaluate([], OPTIONS)
 
 
+def test_no_devices(folder_of_pictures: Path) -> None:
+    with pytest.raises(ValueError, match="devices must name at least one"):
+        evaluate(find_images([folder_of_pictures]), OPTIONS, devices=())
+
+
 def test_computes_in_the_dtype_that_is_asked_for(folder_of_pictures: Path) -> None:
     refs = find_images([folder_of_pictures])
     whole = evaluate(refs, OPTIONS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from parscale_ear import checkpoint
+from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.cli import main
@@ -25,7 +25,8 @@ from parscale_ear.data.latents import INDEX_FILE
 from parscale_ear.generator.ear import EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training import ear_tasks
-from parscale_ear.training.ear import load_latents, load_streamed, train_ear
+from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.ear import compare_streams, load_latents, load_streamed, train_ear
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.loop import TrainingError, read_log
 
@@ -54,6 +55,7 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     told = checkpoint.load(trained / "pictures.safetensors")[1]["training"]
     assert (told["recipe"]["latents"], told["recipe"]["start"]) == ("cache", None)
     assert "/" not in json.dumps(told)  # no paths of this machine
+    assert (told["release"], told["torch"]) == (__version__, torch.__version__)
     streams = ParallelStreams.from_pretrained(
         trained / "streams2.safetensors", backbone=model.fingerprint()
     )
@@ -69,6 +71,15 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     assert result["minus_first"][0]["value"] == 0
     for row in (*result["each"], *result["minus_first"], result["slope_per_doubling"]):
         assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_what_streams_are_worth_is_measured_in_fp32_however_they_were_trained(
+    recipe: EARRecipe, trained: Path
+) -> None:
+    store = load_latents(recipe, ParScaleEAR.from_pretrained().latent_fingerprint())[1]
+    asked = replace(recipe, precision="bf16")
+    result = compare_streams(asked, trained, store, OneProcess(torch.device("cpu")))
+    assert (result["dtype"], result["trained_in"]) == ("float32", "bfloat16 autocast")
 
 
 def test_the_critic_takes_part_where_it_has_weight(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from parscale_ear import __version__, checkpoint
 from parscale_ear.cli import main
 from parscale_ear.data.images import find_images, from_uint8, to_uint8
 from parscale_ear.generator.streams import ParallelStreams
@@ -98,8 +99,10 @@ def test_a_run_leaves_what_it_says(trained: Path) -> None:
     for stage in ("tokenizer", "var", "streams2"):
         assert read_log(trained / stage)[-1]["finished"]
         assert list((trained / stage).glob("*.png"))
+        told = checkpoint.load(trained / f"{stage}.safetensors")[1]["training"]
+        assert (told["release"], told["torch"]) == (__version__, torch.__version__)
     result = json.loads((trained / "streams.json").read_text())
-    assert {"device", "threads", "dtype", "date", "version"} <= result.keys()
+    assert {"device", "threads", "dtype", "trained_in", "date", "version"} <= result.keys()
     assert result["counts"] == [1, 2]
     assert result["pictures"] == 12
     assert result["minus_first"][0]["value"] == 0

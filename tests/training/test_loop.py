@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from parscale_ear.training.distributed import OneProcess
+from parscale_ear.training.distributed import OneProcess, find_world
 from parscale_ear.training.loop import (
     CHECKPOINT_FILE,
     DivergedError,
@@ -291,3 +293,19 @@ def test_length(length: dict[str, float]) -> None:
 
 
 # --- the autoencoder's recipe ---
+
+
+def test_processes_wait_for_the_first_one_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may validate or compare for longer than PyTorch's 10 or 30 minutes."""
+    accelerate = pytest.importorskip("accelerate", reason="several processes need it")
+    seen: dict[str, Any] = {}
+
+    def accelerator(**options: Any) -> SimpleNamespace:
+        seen.update(options)
+        return SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"))
+
+    monkeypatch.setattr(accelerate, "Accelerator", accelerator)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_world(torch.device("cpu")).size == 2
+    (handler,) = seen["kwargs_handlers"]
+    assert handler.timeout >= timedelta(hours=2)
