@@ -101,8 +101,11 @@ def _values(rows: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def _arms(rows: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """Lengths of error bars, downwards and upwards."""
-    return [[abs(row["value"] - row[end]) for row in rows] for end in ("low", "high")]
+    """Lengths of error bars, downwards and upwards; matplotlib refuses negative ones."""
+    return [
+        [row["value"] - row["low"] for row in rows],
+        [row["high"] - row["value"] for row in rows],
+    ]
 
 
 def training_plot(variants: Mapping[str, Any]) -> bytes:

@@ -119,6 +119,13 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             crops,
         ),
         (
+            "faithful decoder, latents refined once",
+            f"PSNR {variants['refined once']['psnr_db']['value']:.2f} dB, SSIM "
+            f"{variants['refined once']['ssim']['value']:.3f} on these; {2 * ours['gflop']:.1f} GFLOP, of which "
+            "decoding takes what it did",
+            crops,
+        ),
+        (
             "latency",
             f"{single['mean_ms_per_image']:.1f} ms an image, P99 {single['p99_ms_per_image']:.1f}; "
             f"{single['fraction_of_compute_roof']:.0%} of what the hardware can do",

@@ -17,6 +17,8 @@ from PIL import Image
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
+from parscale_ear.data.images import find_images, from_uint8, load_squares
+from parscale_ear.data.latents import LatentDataset
 from parscale_ear.data.reference import wheel_photographs
 from parscale_ear.device import UsageError
 from parscale_ear.training.ear_recipe import EARRecipe
@@ -381,6 +383,36 @@ class TestLatents:
         assert lines[-1].startswith("parscale-ear: ")
         assert re.search(message, lines[-1])
         assert not any("Traceback" in line for line in lines)
+
+
+def test_refinements_bring_pictures_closer_in_every_verb(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures: dict[str, list[float]] = {"reconstruct": [], "evaluate": [], "encode": []}
+    model = ParScaleEAR.from_pretrained()
+    x = from_uint8(load_squares(find_images([photo]), 64))
+    for times in ("0", "1"):
+        common = ["--refinements", times, "--device", "cpu"]
+        out = tmp_path / times
+        assert main(["reconstruct", str(photo), "--out", str(out), *common]) == 0
+        mean = re.search(r"mean +([\d.]+) dB", capsys.readouterr().out)
+        assert mean is not None
+        figures["reconstruct"].append(float(mean[1]))
+        measured = ["evaluate", "--images", str(photo), "--side", "64"]
+        assert main([*measured, "--features", "efficientnet-lite1", *common]) == 0
+        figures["evaluate"].append(json.loads(capsys.readouterr().out.splitlines()[-1])["psnr_db"])
+        assert main(["encode", str(photo), str(out / "latents"), "--side", "64", *common]) == 0
+        latent = LatentDataset(out / "latents")[0]["latent"]
+        with torch.inference_mode():
+            restored = model.decode(model.enhance(latent[None]))
+        figures["encode"].append(-(restored - x).square().mean().item())
+        capsys.readouterr()
+    for plain, refined in figures.values():
+        assert refined > plain
+    with pytest.raises(SystemExit) as stopped:
+        main(["reconstruct", str(photo), "--out", str(tmp_path), "--refinements", "-1"])
+    assert stopped.value.code == 2
+    assert "expected a whole number from 0 to 100, got '-1'" in capsys.readouterr().err
 
 
 class TestEvaluate:

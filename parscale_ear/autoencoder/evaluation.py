@@ -32,6 +32,7 @@ class EvaluationOptions:
     side: int = 256  # pictures become squares of this side by the protocol
     dtype: str = "fp32"  # of the computation
     batch: int = 8  # pictures at a time
+    refinements: int = 0  # of the latents, as for ParScaleEAR.encode
     features: FeatureChoice = "auto"  # what the distance is measured in
     inception_weights: Path | None = None  # pytorch-fid's file
 
@@ -45,6 +46,8 @@ class EvaluationOptions:
             raise ValueError(f"side must be a multiple of {STRIDE}, got {self.side}")
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.refinements < 0:
+            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
 
@@ -114,6 +117,7 @@ def evaluate(
         "pictures": count,
         "side": options.side,
         "dtype": options.dtype,
+        "refinements": options.refinements,
         **{k: float(v.mean()) if not np.isnan(v).any() else None for k, v in values.items()},
         "frechet_distance": distance,
         "distance_name": results[0]["distance"],
@@ -152,7 +156,9 @@ def _evaluate_share(share: _Share, progress: Progress) -> dict[str, Any]:
         if batch.refs:
             originals = torch.stack(batch.pixels)
             began = time.perf_counter()
-            restored = reconstruct_pictures(model, originals, batch_size=options.batch)
+            restored = reconstruct_pictures(
+                model, originals, refinements=options.refinements, batch_size=options.batch
+            )
             if not first:  # the first batch warms up
                 seconds += time.perf_counter() - began
                 timed += len(originals)

@@ -46,6 +46,7 @@ class CacheOptions:
     dtype: str = "fp32"  # of the computation and of what is stored: fp32, fp16 or bf16
     batch: int = 1  # pictures at a time; kernels may round differently for another number
     shard: int = 512  # pictures in a shard
+    refinements: int = 0  # of the latents, as for ParScaleEAR.encode
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -58,6 +59,8 @@ class CacheOptions:
         for name in ("batch", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.refinements < 0:
+            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
         if self.dtype not in ("fp32", "fp16", "bf16"):
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
 
@@ -127,6 +130,8 @@ def encode_folder(
         "pictures": len(refs),
         "list_sha256": list_digest(refs),
     }
+    if not options.refinements:
+        del job["refinements"]  # as in folders of 0.14 and before
     with _claimed(out, job, classes):
         starts = range(0, len(refs), options.shard)
         missing: list[int] = []
@@ -211,7 +216,8 @@ def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> bool:
     strangers = out.exists() and any(not p.name.endswith(".part") for p in out.iterdir())
     if path.exists():
         found = store.read_index(out)
-        changed = sorted(k for k in job if found["job"].get(k) != job[k])
+        there = found["job"]
+        changed = sorted(k for k in job.keys() | there.keys() if there.get(k) != job.get(k))
         if changed:
             raise checkpoint.CheckpointError(
                 f"{out} holds latents with another {', '.join(changed)}; give the same pictures "
@@ -331,9 +337,10 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
         shard.labels += [share.classes.index(ref.label) if ref.label else -1 for ref in batch.refs]
         if batch.refs:
             images = torch.stack(batch.pixels)
-            shard.latents.append(encode_pictures(model, images))
+            shard.latents.append(encode_pictures(model, images, options.refinements))
             if options.mirror:
-                shard.mirrored.append(encode_pictures(model, images.flip(-1)))
+                mirrored = encode_pictures(model, images.flip(-1), options.refinements)
+                shard.mirrored.append(mirrored)
         encoded += len(batch.refs)
         began = time.monotonic()
         busy += began - read
@@ -359,14 +366,16 @@ def _encode_share(share: _Share, progress: Progress) -> dict[str, float]:
 
 @exact_fp32()
 @torch.inference_mode()
-def encode_pictures(model: ParScaleEAR, pictures: Tensor) -> Tensor:
+def encode_pictures(model: ParScaleEAR, pictures: Tensor, refinements: int = 0) -> Tensor:
     """8-bit pictures (B, 3, H, W) → the posterior's mode (B, Z, h, w), on the CPU.
+
+    Refined as often as ``ParScaleEAR.encode`` is asked to.
 
     Raises:
         ValueError: it has NaN or infinity in it.
     """
     images = from_uint8(pictures.to(model.device))
     images = images.to(model.dtype, memory_format=torch.channels_last)
-    latents = model.encode(images).mode().contiguous().cpu()
+    latents = model.encode(images, refinements=refinements).mode().contiguous().cpu()
     check_finite(latents, "latents")
     return latents

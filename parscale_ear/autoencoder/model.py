@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class ParScaleEAR(LiteVAE):
         self,
         images: Tensor,
         *,
+        refinements: int = 0,
         pad: bool = False,
         tile: int | None = None,
         check_finite: bool = False,
@@ -83,6 +84,9 @@ class ParScaleEAR(LiteVAE):
         Args:
             images: (B, 3, H, W) in [−1, 1]; H and W multiples of 16; in the model's dtype, or
                 float32, float16 or bfloat16 under autocast; on the model's device.
+            refinements: times that :meth:`refined` corrects the latent by what becomes of it; each
+                costs a decoding and another encoding, decoding costs what it did. Latents of the
+                shipped decoders are the same bit for bit without refinements only.
             pad: repeat the last row and column up to multiples of 16 instead of refusing other
                 sizes; ``decode(size=(H, W))`` cuts that off again.
             tile: side in pixels, a multiple of 16, of the tiles in which the encoder runs; None:
@@ -94,9 +98,11 @@ class ParScaleEAR(LiteVAE):
             The posterior of the normalised latent, (B, 32, H/16, W/16), sides rounded up.
 
         Raises:
-            ValueError: rank, channels, size, tile, dtype or device are wrong, or a value is not
-                finite.
+            ValueError: rank, channels, size, refinements, tile, dtype or device are wrong, or a
+                value is not finite.
         """
+        if not isinstance(refinements, Integral) or refinements < 0:
+            raise ValueError(f"refinements must be an integer of at least 0, got {refinements!r}")
         if (
             pad
             and isinstance(images, Tensor)
@@ -119,7 +125,42 @@ class ParScaleEAR(LiteVAE):
         log_variance = log_variance.clamp(*_LOG_VARIANCE_RANGE)
         scale = self.latent_std.to(mean.dtype)
         shift = self.latent_mean.to(mean.dtype)
-        return LatentPosterior((mean - shift) / scale, log_variance - 2 * scale.log(), shift, scale)
+        first = posterior = LatentPosterior(
+            (mean - shift) / scale, log_variance - 2 * scale.log(), shift, scale
+        )
+        for _ in range(refinements):
+            restored = self.decode(self.enhance(posterior.mode()), tile=tile)
+            posterior = self.refined(first, posterior, restored, tile=tile)
+        return posterior
+
+    def refined(
+        self,
+        first: LatentPosterior,
+        current: LatentPosterior,
+        restored: Tensor,
+        *,
+        tile: int | None = None,
+    ) -> LatentPosterior:
+        """A latent corrected by what became of it: z + E(x) − E(D(z)).
+
+        As iterative back-projection corrects a picture (Irani and Peleg, "Improving resolution by
+        image registration", CVGIP 1991), with the encoder E as the projection.
+
+        Args:
+            first: E(x), the latent without refinements.
+            current: z, the one to correct.
+            restored: D(z), what ``decode`` made of it, (B, 3, 16h, 16w), not clamped.
+            tile: as for ``encode``.
+
+        Returns:
+            The posterior with the corrected mean and the first one's variance.
+
+        Raises:
+            ValueError: as ``encode``.
+        """
+        again = self.encode(restored, tile=tile)
+        mean = current.mean + first.mean - again.mean
+        return replace(first, mean=mean)
 
     def enhance(
         self,
@@ -200,6 +241,7 @@ class ParScaleEAR(LiteVAE):
         images: Tensor,
         *,
         branches: Collection[str] = BRANCHES,
+        refinements: int = 0,
         pad: bool = False,
         tile: int | None = None,
         clamp: bool = False,
@@ -210,7 +252,9 @@ class ParScaleEAR(LiteVAE):
         The options are those of the three; ``enhance`` always sees the whole latent, and
         ``check_finite`` looks at the images and at the enhanced latent.
         """
-        latent = self.encode(images, pad=pad, tile=tile, check_finite=check_finite).mode()
+        latent = self.encode(
+            images, refinements=refinements, pad=pad, tile=tile, check_finite=check_finite
+        ).mode()
         size = (images.shape[2], images.shape[3]) if pad else None
         latent = self.enhance(latent, branches=branches)
         return self.decode(latent, size=size, tile=tile, clamp=clamp, check_finite=check_finite)
@@ -268,22 +312,25 @@ class ParScaleEAR(LiteVAE):
         }
         return {**counts, "total": sum(counts.values())}
 
-    def flops(self, height: int = 256, width: int = 256) -> int:
+    def flops(self, height: int = 256, width: int = 256, *, refinements: int = 0) -> int:
         """FLOPs of ``forward`` for one image (a multiply-add counts two; convolutions only).
 
         Args:
             height: of the image, a multiple of 16.
             width: likewise.
+            refinements: of the latent; each costs as much again.
 
         Raises:
-            ValueError: a side is off the grid.
+            ValueError: a side is off the grid, or ``refinements`` below 0.
         """
+        if refinements < 0:
+            raise ValueError(f"refinements must be at least 0, got {refinements}")
         if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
             raise ValueError(f"sides must be multiples of {STRIDE}, got {height} and {width}")
         count = super().flops(height, width)
         if self.hybrid is not None:
             count += self.hybrid.flops(height // STRIDE, width // STRIDE)
-        return count
+        return count * (1 + refinements)
 
     # --- in and out ---
 

@@ -37,6 +37,7 @@ from parscale_ear.training.folder import Claim, split_pictures
 from parscale_ear.training.loop import Run, read_log, resolve_precision
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.recipe import (
+    FROZEN_ENCODER,
     LOSSES,
     SHARP_KEEPS,
     STAGES,
@@ -246,6 +247,7 @@ def _facts(
         },
         "grey_share": recipe.grey_share,
         "latent_noise": recipe.latent_noise,
+        "refinements": 0 if stage in FROZEN_ENCODER else recipe.refinements,
         "precision": precision,
         "seed": recipe.seed,
         **used,

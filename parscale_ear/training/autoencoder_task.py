@@ -66,21 +66,31 @@ class AutoencoderTask(WithAdversary):
         if self.frozen:
             with torch.no_grad():
                 latent = self._noisy(step, self.model.encode(images).mode())
-            kl = None
-        else:
-            posterior = self.model.encode(images)
-            self._update_statistics(posterior.mean)
-            noise = self._noise(step, 0, posterior.mean)
-            latent = self._noisy(
-                step, posterior.mean + (0.5 * posterior.log_variance).exp() * noise
-            )
-            kl = posterior.kl().mean()
-        restored = self.model.decode(self.model.enhance(latent))
+            return self._reconstruction_loss(self._decoded(latent), images)
+        first = posterior = self.model.encode(images)
+        noise = (0.5 * first.log_variance).exp() * self._noise(step, 0, first.mean)
+        restored = self._decoded(self._noisy(step, first.mean + noise))
+        loss, parts = self._reconstruction_loss(restored, images)
+        for number in range(1, self.recipe.refinements + 1):
+            posterior = self.model.refined(first, posterior, restored)
+            restored = self._decoded(posterior.mean + noise)
+            more, found = self._reconstruction_loss(restored, images)
+            loss = loss + more
+            parts |= {f"{name}_{number}": value for name, value in found.items()}
+        self._update_statistics(first.mean)  # for the next step: within one all use the same
+        kl = first.kl().mean()
+        loss = loss / (1 + self.recipe.refinements) + self.recipe.kl_weight * kl
+        return loss, {**parts, "kl_nats": kl.detach()}
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        return self.model.decode(self.model.enhance(latent))
+
+    def _reconstruction_loss(
+        self, restored: Tensor, images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of pixels and, with a weight, of structure."""
         loss = reconstruction = log_mse_loss(restored, images)
         parts = {"reconstruction": reconstruction.detach()}
-        if kl is not None:
-            loss = loss + self.recipe.kl_weight * kl
-            parts["kl_nats"] = kl.detach()
         if self.recipe.ssim_weight:
             # Half of them, as it is slow: of even batches the same half for any number of processes.
             structure = ssim_loss(restored[::2], images[::2])
@@ -168,11 +178,19 @@ class AutoencoderTask(WithAdversary):
     def validate(self, model: nn.Module, step: int) -> dict[str, float]:
         """PSNR and SSIM on the validation pictures; writes some of them beside their originals."""
         assert isinstance(model, ParScaleEAR)
-        dtype = autocast_dtype(self.recipe.precision, self.world.device)
-        restored = reconstruct_pictures(model, self.validation, autocast=dtype)
+        restored = self._restored(model, 0)
         shown = [self.validation[:PICTURES_SHOWN], restored[:PICTURES_SHOWN]]
         save_png(grid([list(row) for row in shown]), self.folder / f"validation_{step:07d}.png")
-        return mean_quality(restored, self.validation)
+        quality = mean_quality(restored, self.validation)
+        if self.recipe.refinements and not self.frozen:
+            refined = mean_quality(self._restored(model, self.recipe.refinements), self.validation)
+            quality |= {f"refined_{name}": value for name, value in refined.items()}
+        return quality
+
+    def _restored(self, model: ParScaleEAR, refinements: int) -> Tensor:
+        """The validation pictures' reconstructions, 8-bit."""
+        dtype = autocast_dtype(self.recipe.precision, self.world.device)
+        return reconstruct_pictures(model, self.validation, refinements=refinements, autocast=dtype)
 
     def elementwise(self) -> list[nn.Parameter]:
         """None: all are convolutions and biases."""

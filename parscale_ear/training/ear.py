@@ -19,6 +19,7 @@ Latents are held in memory: 1 GB holds 120,000 of 32×8×8.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,8 @@ from parscale_ear.training.folder import HELD_OUT, Claim, told_of
 from parscale_ear.training.loop import Run, TrainingError, computed_in
 from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
+
+log = logging.getLogger(__name__)
 
 
 def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
@@ -195,7 +198,13 @@ def _fresh(
             "options that say so"
         )
     if model.latent_fingerprint != fingerprint:
-        raise TrainingError(f"{recipe.start}: trained on latents of another autoencoder")
+        if recipe.stages()[0].startswith("streams"):
+            raise TrainingError(
+                f"{recipe.start}: trained on latents of another autoencoder; train the generator on these "
+                "first, by minutes or picture_minutes"
+            )
+        log.warning("%s was trained on latents of another autoencoder", recipe.start)
+        model.latent_fingerprint = fingerprint
     return model.train()
 
 

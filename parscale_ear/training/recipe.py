@@ -49,6 +49,7 @@ class Recipe:
     kl_weight: float = 1e-4  # of the mean KL an element, in nats
     grey_share: float = 0.0  # of the crops, which are turned to grey
     latent_noise: float = 0.0  # largest σ of noise on the normalised latent, drawn a picture
+    refinements: int = 0  # of latents that are decoded beside plain ones in stages vae, hybrid
     ssim_weight: float = 0.05  # of 1 − SSIM in all stages but sharp
     feature_weight: float = 0.3  # of the feature loss in stage sharp
     adversarial_weight: float = 0.01  # of the critic's verdict in stage sharp
@@ -81,7 +82,7 @@ class Recipe:
             value = getattr(self, name)
             if value < 16 or value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
-        for name, least in (("batch", 1), ("steps", 1), ("workers", 0)):
+        for name, least in (("batch", 1), ("steps", 1), ("workers", 0), ("refinements", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -96,6 +97,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.grey_share <= 1:
             raise ValueError(f"grey_share must be in [0, 1], got {self.grey_share}")
+        if self.refinements and self.latent_noise:
+            raise ValueError("refinements and latent_noise do not go together; leave one out")
         check_seed(self.seed)
         self.loop(self.stages[0])  # checks the length
 

@@ -53,6 +53,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A small whole number of at least 0, for argparse."""
+    if not text.isdecimal() or int(text) > 100:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 100, got {text!r}")
+    return int(text)
+
+
 def seed_number(text: str) -> int:
     """A seed of PyTorch's generators, for argparse."""
     if not text.isdecimal() or int(text) >= 2**32:
@@ -115,6 +122,18 @@ def add_device(verb: argparse.ArgumentParser, *, dtype: bool = True) -> None:
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     if dtype:
         verb.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="default: by device")
+
+
+def add_refinements(verb: argparse.ArgumentParser) -> None:
+    """``--refinements``."""
+    verb.add_argument(
+        "--refinements",
+        type=count,
+        default=0,
+        metavar="N",
+        help="times that latents are corrected by what becomes of them: closer to the pictures for "
+        "another encoding and decoding each (default 0)",
+    )
 
 
 def add_processes(verb: argparse.ArgumentParser) -> None:

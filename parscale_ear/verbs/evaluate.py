@@ -11,6 +11,7 @@ from parscale_ear.verbs.common import (
     Verbs,
     add_device,
     add_processes,
+    add_refinements,
     add_weights,
     check_output,
     positive,
@@ -43,6 +44,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     verb.add_argument("--inception-weights", type=Path, help="pytorch-fid's weight file")
     verb.add_argument("--output", type=Path, help="also write the JSON to this file")
+    add_refinements(verb)
     add_weights(verb)
     add_device(verb)
     add_processes(verb)
@@ -68,6 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
         side=arguments.side,
         dtype=arguments.dtype or default_dtype(device),
         batch=arguments.batch,
+        refinements=arguments.refinements,
         features=arguments.features,
         inception_weights=arguments.inception_weights,
     )

@@ -12,6 +12,7 @@ from parscale_ear.verbs.common import (
     Verbs,
     add_device,
     add_processes,
+    add_refinements,
     add_weights,
     check_folder,
     positive,
@@ -41,6 +42,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument(
         "--readers", type=positive, default=2, help="reading threads a process (default 2)"
     )
+    add_refinements(verb)
     add_weights(verb)
     add_device(verb)
     add_processes(verb)
@@ -72,6 +74,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     options = CacheOptions(
         side=arguments.side,
         mirror=arguments.mirror,
+        refinements=arguments.refinements,
         dtype=arguments.dtype or default_dtype(device),
         batch=arguments.batch or (32 if device.type == "cuda" else 1),
         shard=arguments.shard,

@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from parscale_ear.verbs.common import Verbs, add_device, add_weights, check_folder, weights_of
+from parscale_ear.verbs.common import (
+    Verbs,
+    add_device,
+    add_refinements,
+    add_weights,
+    check_folder,
+    weights_of,
+)
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -20,6 +27,7 @@ def add_parser(verbs: Verbs) -> None:
     verb.add_argument("--out", required=True, type=Path, help="folder for the PNG files")
     verb.add_argument("--compare", action="store_true", help="also write original | reconstruction")
     verb.add_argument("--tile", type=int, help="side of a tile, pixels, for large pictures")
+    add_refinements(verb)
     add_weights(verb)
     add_device(verb)
     verb.set_defaults(run=_run)
@@ -62,7 +70,9 @@ def _run(arguments: argparse.Namespace) -> int:
             failed += 1
             bar.write(f"parscale-ear: skipped {error}", file=sys.stderr)
             continue
-        restored = reconstruct_image(model, original, tile=arguments.tile)
+        restored = reconstruct_image(
+            model, original, refinements=arguments.refinements, tile=arguments.tile
+        )
         pictures.save_png(restored, arguments.out / f"{name}.png")
         if arguments.compare:
             pair = torch.cat((original, torch.ones(3, original.shape[1], 8), restored), dim=2)

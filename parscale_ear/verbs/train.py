@@ -24,6 +24,7 @@ AUTOENCODER = {
     "kl_weight": "of the mean KL an element",
     "grey_share": "of the crops, which are turned to grey",
     "latent_noise": "largest σ of noise on the latents that are decoded, drawn a picture",
+    "refinements": "of latents that are decoded beside plain ones in stages vae and hybrid",
     "ssim_weight": "of 1 − SSIM, in all stages but sharp",
     "feature_weight": "of the sharp decoder",
     "adversarial_weight": "likewise",

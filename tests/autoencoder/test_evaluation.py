@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,16 @@ def test_equals_the_parts(folder_of_pictures: Path, shipped: ParScaleEAR) -> Non
     assert result["frechet_distance"] == pytest.approx(frechet_distance(*features), rel=1e-3)
     assert result["distance_name"] == "FD-EfficientNetLite1"
     assert result["images_per_s"] > 0
+
+
+def test_refinements_are_measured(folder_of_pictures: Path, shipped: ParScaleEAR) -> None:
+    refs = find_images([folder_of_pictures])
+    result = evaluate(refs, replace(OPTIONS, refinements=1))
+    originals = load_squares(refs, 64)
+    restored = reconstruct_pictures(shipped, originals, refinements=1, batch_size=4)
+    assert result["psnr_db"] == pytest.approx(mean_quality(restored, originals)["psnr_db"])
+    assert result["psnr_db"] != pytest.approx(evaluate(refs, OPTIONS)["psnr_db"], abs=1e-3)
+    assert result["refinements"] == 1
 
 
 def test_two_processes_give_the_same(folder_of_pictures: Path) -> None:

@@ -89,6 +89,41 @@ def test_latents_equal_those_in_memory(classes: Path, tmp_path: Path, shipped: P
     data.verify()
 
 
+def test_refined_latents_are_cached_as_the_model_gives_them(
+    classes: Path, tmp_path: Path, shipped: ParScaleEAR
+) -> None:
+    out, refs = tmp_path / "out", find_images([classes / "dog"])
+    asked = replace(OPTIONS, refinements=1, mirror=True)
+    assert encode_folder(refs, out, asked).pictures == 4
+    data = LatentDataset(out, mirrored=True)
+    refs = [ref for ref in refs if "03" not in ref.relative]
+    pictures = load_squares(refs, 64).float() / 127.5 - 1
+    with torch.inference_mode():
+        for index, picture in enumerate((*pictures, *pictures.flip(-1))):
+            expected = shipped.encode(picture[None], refinements=1).mode()[0]
+            torch.testing.assert_close(data[index]["latent"], expected, atol=1e-5, rtol=1e-5)
+            plain = shipped.encode(picture[None]).mode()[0]
+            assert not torch.allclose(data[index]["latent"], plain, atol=1e-2)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (1, 2)])
+def test_a_folder_holds_latents_that_are_refined_alike(
+    classes: Path, tmp_path: Path, first: int, second: int
+) -> None:
+    refs = find_images([classes / "dog"])
+    encode_folder(refs, tmp_path / "out", replace(OPTIONS, refinements=first))
+    with pytest.raises(CheckpointError, match="holds latents with another refinements"):
+        encode_folder(refs, tmp_path / "out", replace(OPTIONS, refinements=second))
+
+
+def test_folders_of_releases_without_refinements_are_gone_on_with(
+    classes: Path, tmp_path: Path
+) -> None:
+    encode_folder(find_images([classes / "dog"]), tmp_path / "out", OPTIONS)
+    job = json.loads((tmp_path / "out" / INDEX_FILE).read_text())["job"]
+    assert "refinements" not in job  # so that these are equal
+
+
 def batches_of(pictures: torch.Tensor, refs: list[ImageRef]) -> list[torch.Tensor]:
     """How the readable pictures of ``classes`` are dealt to shards of 5 and batches of 4."""
     readable = [ref.relative not in ("cat/07.png", "dog/03.png") for ref in refs]

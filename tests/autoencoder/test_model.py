@@ -96,6 +96,60 @@ class TestShapes:
         assert model.enhance(latent) is latent
 
 
+class TestRefinements:
+    def test_each_adds_what_the_encoder_misses_in_the_reconstruction(
+        self, tiny: ParScaleEAR
+    ) -> None:
+        x = images(2, 3, 32, 48)
+        first = tiny.encode(x)
+        latent = first.mode()
+        for times in (0, 1, 2):
+            refined = tiny.encode(x, refinements=times)
+            torch.testing.assert_close(refined.mode(), latent, atol=1e-5, rtol=1e-5)
+            assert torch.equal(refined.log_variance, first.log_variance)
+            restored = tiny.decode(tiny.enhance(latent))
+            latent = latent + first.mode() - tiny.encode(restored).mode()
+        assert not torch.allclose(latent, first.mode(), atol=1e-2)
+        by_hand = tiny.decode(tiny.enhance(tiny.encode(x, refinements=2).mode()))
+        assert torch.equal(tiny(x, refinements=2), by_hand)
+
+    def test_the_same_latent_where_the_reconstruction_is_the_picture(
+        self, tiny: ParScaleEAR
+    ) -> None:
+        x = tiny(images(1, 3, 32, 32))
+        first = tiny.encode(x)
+        assert torch.equal(tiny.refined(first, first, x).mode(), first.mode())
+
+    def test_padded_pictures(self, tiny: ParScaleEAR) -> None:
+        x = images(1, 3, 20, 33)
+        padded = torch.nn.functional.pad(x, (0, 15, 0, 12), mode="replicate")
+        expected = tiny(padded, refinements=1)[..., :20, :33]
+        assert torch.equal(tiny(x, refinements=1, pad=True), expected)
+
+    def test_shipped_weights_come_closer_to_the_pictures(
+        self, shipped: ParScaleEAR, photographs: torch.Tensor
+    ) -> None:
+        x = photographs[::3].float() / 127.5 - 1
+        with torch.inference_mode():
+            errors = [
+                (shipped(x, refinements=times) - x).square().mean(dim=(1, 2, 3)) for times in (0, 1)
+            ]
+        assert (errors[1] < errors[0]).all()
+
+    @pytest.mark.parametrize("times", [-1, 0.5, "1"])
+    def test_counts_alone(self, tiny: ParScaleEAR, times: object) -> None:
+        with pytest.raises(ValueError, match="refinements must be an integer of at least 0"):
+            tiny.encode(images(1, 3, 16, 16), refinements=times)  # type: ignore[arg-type]
+
+    def test_flops_equal_pytorch(self) -> None:
+        model = ParScaleEAR().to("meta")
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 64, 144, device="meta"), refinements=2)
+        assert model.flops(64, 144, refinements=2) == counter.get_total_flops()
+        with pytest.raises(ValueError, match="refinements must be at least 0"):
+            model.flops(64, 144, refinements=-1)
+
+
 def test_compiles_as_one_graph(tiny: ParScaleEAR) -> None:
     compiled = torch.compile(tiny, fullgraph=True, backend="eager")
     x = images(1, 3, 32, 32)

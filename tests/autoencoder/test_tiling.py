@@ -53,6 +53,9 @@ def test_the_model_in_tiles(shipped: ParScaleEAR, tile: int, size: tuple[int, in
             model.decode(latent, tile=tile), model.decode(latent), atol=1e-9, rtol=0
         )
         torch.testing.assert_close(model(x, tile=tile), model(x), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            model(x, refinements=1, tile=tile), model(x, refinements=1), atol=1e-9, rtol=0
+        )
 
 
 def reach(x: Tensor, y: Tensor, dim: int) -> int:

@@ -22,7 +22,7 @@ import ci._readme
 import ci.report
 import ci.validate_results
 from ci import _common, _stream_tables
-from ci._figures import picture_grid
+from ci._figures import picture_grid, worth_plot
 from ci.validate_results import read_reports
 
 ROOT = Path(__file__).parents[2]
@@ -345,3 +345,11 @@ def _as_file(page: str, folder: Path) -> Path:
     path = folder / "first.png"
     path.write_bytes(base64.b64decode(encoded[1]))
     return path
+
+
+def test_an_interval_that_does_not_hold_its_figure_is_not_drawn() -> None:
+    row = {"value": 1.0, "low": 0.5, "high": 2.0}
+    assert worth_plot((2,), [row], "distance").startswith(b"\x89PNG")
+    for end in ("low", "high"):
+        with pytest.raises(ValueError, match="negative"):
+            worth_plot((2,), [{**row, end: 1.5 if end == "low" else 0.7}], "distance")

@@ -181,7 +181,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
             assert torch.equal(pieces.state_dict()[key], value), key
 
 
-def test_goes_on_from_given_weights(recipe: EARRecipe, trained: Path, tmp_path: Path) -> None:
+def test_goes_on_from_given_weights(
+    recipe: EARRecipe, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     start = str(trained / "ear.safetensors")
     tiny = replace(recipe, start=start, steps=1, streams=(), picture_steps=0, learning_rate=1e-9)
     assert train_ear(tiny, tmp_path / "run")
@@ -195,9 +197,15 @@ def test_goes_on_from_given_weights(recipe: EARRecipe, trained: Path, tmp_path: 
     foreign = EnergyAR.load(start)
     foreign.latent_fingerprint = "0" * 64
     other = foreign.save_pretrained(tmp_path / "foreign.safetensors")
-    with pytest.raises(TrainingError, match="latents of another autoencoder"):
-        train_ear(replace(tiny, start=str(other)), tmp_path / "foreign")
+    alone = replace(tiny, start=str(other), minutes=0, steps=None, streams=(1, 2))
+    with pytest.raises(TrainingError, match=r"latents of another autoencoder; train the generator"):
+        train_ear(alone, tmp_path / "foreign")
     assert not (tmp_path / "foreign").exists()
+    assert "another autoencoder" not in caplog.text
+    assert train_ear(replace(tiny, start=str(other)), tmp_path / "foreign")
+    assert "foreign.safetensors was trained on latents of another autoencoder" in caplog.text
+    ours = EnergyAR.load(tmp_path / "foreign" / "ear.safetensors").latent_fingerprint
+    assert ours == EnergyAR.load(start).latent_fingerprint
     with pytest.raises(TrainingError, match=r"another model.*depth is 1, not 2.*options"):
         train_ear(replace(tiny, depth=2), tmp_path / "deeper")
 

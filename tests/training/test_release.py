@@ -13,6 +13,7 @@ from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import find_images, from_uint8, load_squares
 from parscale_ear.metrics.features import load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
+from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.training import release
 from parscale_ear.training.autoencoder import train_autoencoder
 from parscale_ear.training.recipe import Recipe, named_release
@@ -143,6 +144,10 @@ def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> 
         assert figures["grey_chroma"] == pytest.approx(spread, abs=6e-4)
         assert spread > 0.1
         assert f"{label} {spread:.1f}" in card.split("given in grey")[1].splitlines()[0]
+    refined = checkpoint.load(tmp_path / "hybrid.safetensors")[1]["training"]["refined"]
+    restored = reconstruct_pictures(whole, squares, refinements=1)
+    assert refined["psnr_db"] == pytest.approx(psnr(restored, squares).mean(), abs=1e-3)
+    assert f"faithful, latents refined once | {refined['psnr_db']:.2f} " in card
     stages = [stage["stage"] for stage in header["training"]["history"]]
     assert stages == ["vae", "hybrid", "baseline"]
     for stage in ("vae", "hybrid", "baseline", "sharp"):
@@ -203,11 +208,11 @@ def test_what_ends_it_half_way_leaves_the_shipped_weights_whole(
     (tmp_path / "README.md").write_text(CARD)
     measure, names = release.measure, []
 
-    def stops(*arguments: Any) -> dict[str, Any]:
+    def stops(*arguments: Any, **options: Any) -> dict[str, Any]:
         names.append(arguments[-1])
         if len(names) == 3:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(release, "measure", stops)
     with pytest.raises(KeyboardInterrupt):

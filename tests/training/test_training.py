@@ -177,6 +177,84 @@ def test_structure_counts_in_every_stage_but_sharp(
     assert held - without == pytest.approx(5 * missing, rel=1e-4)
 
 
+def test_refined_latents_count_as_much_as_plain_ones(
+    tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    def measured(refinements: int) -> tuple[float, dict[str, Tensor]]:
+        tiny.latent_mean, tiny.latent_std = torch.zeros(4, 1, 1), torch.ones(4, 1, 1)
+        asked = recipe(tmp_path, refinements=refinements, kl_weight=0.0, ssim_weight=0.5)
+        loss, parts = task_of("vae", tiny, folder_of_pictures, asked, tmp_path).loss(3)
+        return loss.item(), parts
+
+    (plain, parts), (both, told) = measured(0), measured(1)
+    assert told["reconstruction"] == parts["reconstruction"]
+    refined = told["reconstruction_1"].item() + 0.5 * (1 - told["ssim_1"].item())
+    assert refined != pytest.approx(plain, rel=1e-3)
+    assert both == pytest.approx((plain + refined) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("refinements", [0, 1])
+def test_a_step_uses_one_normalisation(
+    refinements: int,
+    tiny: ParScaleEAR,
+    folder_of_pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used: list[Tensor] = []
+    for name in ("encode", "decode"):
+        original = getattr(tiny, name)
+
+        def spy(x: Tensor, original: Callable[[Tensor], object] = original) -> object:
+            used.append(tiny.latent_mean)
+            return original(x)
+
+        monkeypatch.setattr(tiny, name, lambda x, spy=spy, **_: spy(x))
+    asked = recipe(tmp_path, refinements=refinements)
+    task_of("vae", tiny, folder_of_pictures, asked, tmp_path).loss(3)
+    assert len(used) == 2 + 2 * refinements
+    assert all(mean is used[0] for mean in used)
+    assert not torch.equal(tiny.latent_mean, used[0])  # the next one has the new statistics
+
+
+def test_a_refined_latent_is_trained_through_both_passes(
+    tiny: ParScaleEAR, folder_of_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    decode = tiny.decode
+
+    def spy(latent: Tensor) -> Tensor:
+        latent.retain_grad()
+        seen.append(latent)
+        return decode(latent)
+
+    monkeypatch.setattr(tiny, "decode", spy)
+    asked = recipe(tmp_path, refinements=1, kl_weight=0.0)
+    _, parts = task_of("vae", tiny, folder_of_pictures, asked, tmp_path).loss(3)
+    assert "reconstruction_1" in parts
+    plain, refined = seen
+    refined.sum().backward()
+    assert plain.grad is not None  # by the picture that it became
+    assert plain.grad.abs().max() > 0
+
+
+def test_a_run_with_refinements_says_so_and_measures_both(
+    folder_of_pictures: Path, tmp_path: Path
+) -> None:
+    asked = recipe(folder_of_pictures, steps=10, refinements=1)
+    assert train_autoencoder(asked, tmp_path / "run")
+    for stage in STAGES:
+        _, header = checkpoint.load(tmp_path / "run" / f"{stage}.safetensors")
+        own = header["training"]["history"][-1]["refinements"]
+        assert own == (1 if stage in ("vae", "hybrid") else 0)
+    last = read_log(tmp_path / "run" / "hybrid")[-1]
+    assert last["refined_psnr_db"] != last["psnr_db"]
+    with pytest.raises(ValueError, match="refinements and latent_noise do not go together"):
+        recipe(folder_of_pictures, refinements=1, latent_noise=0.1)
+    with pytest.raises(ValueError, match="refinements must be at least 0"):
+        recipe(folder_of_pictures, refinements=-1)
+
+
 def test_it_starts_from_given_weights(
     folder_of_pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
