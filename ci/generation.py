@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = int(arguments.num_samples or (64 if arguments.quick else FULL_SAMPLES))
     model = ci.load_generator(arguments.checkpoint, device)
     statistics = FeatureStatistics.load(shipped_statistics())
+    decoder = checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"]
+    if statistics.facts.get("decoder_sha256") != decoder:
+        raise ci.UsageError(
+            f"{STATISTICS_FILE} tells what real pictures are through another decoder than the one that "
+            "ships; judge anew by parscale_ear.training.ear_release"
+        )
     names = model.config.class_names
     if names != (judged := EnergyAR.load(shipped_generator()).config.class_names):
         raise ci.UsageError(
@@ -110,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *_evidence.judged_targets(
             _evidence.read(_evidence.JUDGED),
             weights,
-            checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"],
+            decoder,
             quick=arguments.quick,
         ),
         *_evidence.head_targets(

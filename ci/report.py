@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,9 @@ from ci._figures import (
 from ci._quality import SIZE_HEAD, latent_line, size_rows
 from ci._readme import write_documents
 from ci._tables import (
+    DECODERS,
     LATENCY_HEAD,
+    SWITCHED,
     TOKENIZER_HEAD,
     TOKENIZER_NOTE,
     TRIAL_HEAD,
@@ -130,9 +131,12 @@ def build_html(
     parts += _tokenizers()
     if "latency" in reports:
         parts += _latency(reports["latency"])
-    for name, title in (("fid", "M2-3 distance to the originals"), ("ablation", "M3-1 ablation")):
+    for name, title, variants in (
+        ("fid", "M2-3 distance to the originals", DECODERS),
+        ("ablation", "M3-1 ablation", SWITCHED),
+    ):
         if name in reports:
-            parts += _distances(reports[name], title)
+            parts += _distances(reports[name], title, variants)
     if "ablation" in reports:
         parts.append(
             _figure(
@@ -337,7 +341,7 @@ def _worth(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _distances(report: Mapping[str, Any], title: str) -> list[str]:
+def _distances(report: Mapping[str, Any], title: str, variants: str) -> list[str]:
     figures = report["figures"]
     reference = figures["reference"]
     notes = [reference["warning"], figures["features_note"]]
@@ -352,6 +356,7 @@ def _distances(report: Mapping[str, Any], title: str) -> list[str]:
         ]
     return [
         f"<h2>{html.escape(title)}</h2>",
+        f"<p>{html.escape(variants)}</p>",
         _table(distance_head(figures), distance_rows(figures)),
         f"<p>{interval_note(reference)}; {html.escape(reference['source'])}. Two halves of the originals are "
         f"{figures['reference_distance']:.1f} apart.</p>",
@@ -383,7 +388,8 @@ def keep(reports: Mapping[str, Mapping[str, Any]], problems: Sequence[str], fold
         raise ci.UsageError(f"not kept: other than a full run ({'; '.join(unlike)})")
     KEPT.mkdir(parents=True, exist_ok=True)
     for name in REPORTS:
-        shutil.copyfile(folder / f"{name}.json", KEPT / f"{name}.json")
+        text = (folder / f"{name}.json").read_text(encoding="utf-8")
+        checkpoint.write_text(KEPT / f"{name}.json", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -406,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kept in {KEPT.relative_to(ci.ROOT)}")
     if arguments.readme:
         kept, missing = read_reports(KEPT)
-        missing += find_problems(kept, weights=ci.weights_digest())
+        missing += find_problems(kept, evidence=ci.evidence_digest(), weights=ci.weights_digest())
+        missing += unlike_full(kept)
         if missing:
             raise ci.UsageError(f"not written: in docs/results: {missing[0]}")
         write_documents(kept)

@@ -64,12 +64,19 @@ if [ -z "$python" ]; then
   bash setup_env.sh || exit 2
   python=.venv/bin/python
 fi
-if ! "$python" -c 'import matplotlib, numpy, safetensors, scipy, torch, tqdm'; then
+if ! "$python" -c 'import matplotlib, numpy, PIL, piq, safetensors, scipy, skimage, torch, torchvision, tqdm'; then
   echo "run.sh: $python lacks what is needed; name another CI_PYTHON, or none" >&2
   exit 2
 fi
+# What was asked for is looked at before an earlier run's files go.
+CI_RUN=$("$python" -c '
+import sys, uuid
+from ci import _common as ci
+sys.argv[0] = "run.sh"
+code = ci.run(lambda _: ci.check_run(sys.argv[1]))
+print(uuid.uuid4().hex)
+sys.exit(code)' "$device") || exit 2
 mkdir -p results || exit 2
-CI_RUN=$("$python" -c 'import uuid; print(uuid.uuid4().hex)') || exit 2
 export CI_RUN # in every report, so that those of one run are known to belong together
 # What an earlier run left must not pass for this one's.
 rm -f results/{sanity,latency,fid,ablation,streams,generation,summary}.json results/report.html || {

@@ -27,7 +27,10 @@ REPORTS = ci.REPORTS
 NUMBER = r"-?[\d.,e+-]+"  # as ``ci.number`` writes it
 JUDGES = ("FID", "FD-EfficientNetLite1")  # distances to publish: Lite0 took part in trainings
 ROUNDED = 5e-4  # relative: what four digits may leave out
-SAME_IN_ALL = ("source_sha256", "weights_sha256", "device", "torch", "threads", "version", "quick")
+SAME_IN_ALL = (
+    *("source_sha256", "evidence_sha256", "weights_sha256", "device", "torch", "packages"),
+    *("threads", "version", "quick"),
+)
 NEEDED = (*SAME_IN_ALL, "milestone", "verdict", "targets", "settings", "figures")
 
 
@@ -66,6 +69,7 @@ def find_problems(
     reports: Mapping[str, Mapping[str, Any]],
     *,
     source: str | None = None,
+    evidence: str | None = None,
     weights: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Why these reports do not belong together, or to this source and these weights.
@@ -73,6 +77,7 @@ def find_problems(
     Args:
         reports: name → report.
         source: digest of the source as it is now; None: any, if all have the same.
+        evidence: digest of the evidence as it is now; None likewise.
         weights: digests of the weights as they are now; None likewise.
     """
     problems = []
@@ -81,6 +86,8 @@ def find_problems(
             problems.append(
                 f"{name}: made from another source, or beside other evidence in docs/results; run ci/{_script(name)} again"
             )
+        if evidence is not None and report["evidence_sha256"] != evidence:
+            problems.append(f"{name}: made beside other evidence; run ci/{_script(name)} again")
         if weights is not None and report["weights_sha256"] != weights:
             problems.append(f"{name}: made with other weights; run ci/{_script(name)} again")
         if report["verdict"] != ci.verdict(_targets(report)):
@@ -193,6 +200,15 @@ def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if (counted := reports[name]["settings"][setting]) < count
     ]
     found += [f"{name}: seed {r['seed']}" for name, r in reports.items() if r["seed"] != 0]
+    if reports:
+        report = next(iter(reports.values()))
+        locked = locked_versions()
+        installed = {"torch": report["torch"].partition("+")[0], **report["packages"]}
+        found += [
+            f"{name} {version} instead of {locked[name]}"
+            for name, version in installed.items()
+            if locked.get(name, version) != version
+        ]
     if "streams" in reports:
         figures = reports["streams"]["figures"]
         if figures["trained"] or figures["model"] != f"VAR-d{ci.FULL_DEPTH}":
@@ -227,6 +243,14 @@ def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if report["dtype"] != str(usual).removeprefix("torch."):
             found.append(f"latency: in {report['dtype']}")
     return found
+
+
+def locked_versions() -> dict[str, str]:
+    """What poetry.lock installs: name → version."""
+    text = (ci.ROOT / "poetry.lock").read_text(encoding="utf-8")
+    return dict(
+        re.findall(r'^\[\[package\]\]\nname = "(.+)"\nversion = "(.+)"$', text, re.MULTILINE)
+    )
 
 
 def milestone_rows(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -43,13 +43,20 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Within it FP32 on CUDA is FP32: PyTorch lets cuDNN's convolutions round to TF32 otherwise."""
-    before = torch.backends.cudnn.allow_tf32
+    """Within it FP32 on CUDA is FP32.
+
+    PyTorch lets cuDNN's convolutions round to TF32 otherwise, and matrix products where it was told to
+    (``torch.set_float32_matmul_precision``; on some CPUs those are then in BF16).
+    """
+    convolutions = torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def out_of_memory(error: BaseException) -> bool:

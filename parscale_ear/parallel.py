@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import Queue
@@ -80,12 +81,17 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
     gone: set[int] = set()  # ended, and nothing was heard of them for one more turn
     for process in processes:
         process.start()
+    looked = time.monotonic()
     try:
         while len(results) < len(shares):
+            if time.monotonic() - looked > _POLL_S:  # others may have enough to tell
+                looked = time.monotonic()
+                _check_alive(processes, results, gone, silent=False)
             try:
                 index, kind, content = messages.get(timeout=_POLL_S)
             except queue.Empty:
-                _check_alive(processes, results, gone)
+                looked = time.monotonic()
+                _check_alive(processes, results, gone, silent=True)
                 continue
             if kind == "progress":
                 progress(content)
@@ -111,10 +117,17 @@ def run_shares(work: Work, shares: Sequence[Any], progress: Progress) -> list[An
     return [results[k] for k in range(len(shares))]
 
 
-def _check_alive(processes: Sequence[Any], results: dict[int, Any], gone: set[int]) -> None:
-    """A process that was killed sends no message; one that ended may still have one under way."""
+def _check_alive(
+    processes: Sequence[Any], results: dict[int, Any], gone: set[int], *, silent: bool
+) -> None:
+    """A process that was killed sends no message; one that ended may still have one under way.
+
+    As long as others are heard (not ``silent``), it may stand behind theirs.
+    """
     for index, process in enumerate(processes):
         if index in results or process.exitcode is None:
+            continue
+        if process.exitcode == 0 and not silent:
             continue
         if index not in gone:
             gone.add(index)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from parscale_ear.autoencoder import reconstruct
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
 from parscale_ear.data.images import find_images, from_uint8, load_squares
@@ -53,6 +54,19 @@ class TestReconstruct:
         np.testing.assert_array_equal(pair[:, :203], original)
         np.testing.assert_array_equal(pair[:, -203:], restored)
         assert sorted(p.name for p in out.iterdir()) == ["chelsea.png", "chelsea_compare.png"]
+
+    def test_a_picture_that_comes_back_exactly_counts_as_100_db(
+        self,
+        photo: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(reconstruct, "reconstruct_image", lambda model, image, **_: image)
+        assert main(["reconstruct", str(photo), "--out", str(tmp_path / "out")]) == 0
+        rows = capsys.readouterr().out.splitlines()
+        assert "inf dB" in rows[0]
+        assert "100.00 dB PSNR over 1 pictures" in rows[1]
 
     def test_a_damaged_picture_does_not_stop_the_others(
         self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

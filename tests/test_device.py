@@ -35,11 +35,18 @@ def test_emulation_on_a_gpu_does_not_count(ampere: bool, monkeypatch: pytest.Mon
 
 
 def test_fp32_is_exact_while_asked_for() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    with device.exact_fp32():
-        assert not torch.backends.cudnn.allow_tf32
-        assert torch.backends.cudnn.enabled
-    assert torch.backends.cudnn.allow_tf32 == before
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with device.exact_fp32():
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.enabled
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[1])
+    assert torch.backends.cudnn.allow_tf32 == before[0]
 
 
 def test_other_settings_of_cudnn_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import torch
 from parscale_ear.checkpoint import CheckpointError, atomic_path
 from parscale_ear.parallel import Progress, WorkerError, run_shares, worker_devices
 
+TALK = 3000  # half a minute
+
 
 def double(share: Any, progress: Progress) -> Any:
     for _ in range(3):
@@ -28,6 +30,10 @@ def fail(share: Any, progress: Progress) -> Any:
         raise CheckpointError("a.safetensors: damaged")
     if share == "die":
         os._exit(9)
+    if share == "talk":
+        for _ in range(TALK):
+            progress(1)
+            time.sleep(0.01)
     progress(1)
     return share
 
@@ -50,6 +56,13 @@ def test_a_failure_is_one_line(share: str, message: str) -> None:
         run_shares(fail, ["fine", share], lambda count: None)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_died_is_noticed_while_others_talk() -> None:
+    told: list[int] = []
+    with pytest.raises(WorkerError, match="process 1 ended with exit code 9"):
+        run_shares(fail, ["talk", "die"], told.append)
+    assert sum(told) < TALK
 
 
 def test_an_error_of_the_package_is_what_it_would_be_with_one_process() -> None:

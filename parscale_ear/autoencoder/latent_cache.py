@@ -130,7 +130,9 @@ def encode_folder(
         "pictures": len(refs),
         "list_sha256": list_digest(refs),
     }
-    if not options.refinements:
+    if options.refinements:  # by this decoder, of which the fingerprint says nothing
+        job["weights"] = checkpoint.digest(model.state_dict())
+    else:
         del job["refinements"]  # as in folders of 0.14 and before
     with _claimed(out, job, classes):
         starts = range(0, len(refs), options.shard)

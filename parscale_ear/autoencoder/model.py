@@ -250,7 +250,8 @@ class ParScaleEAR(LiteVAE):
         """``decode(enhance(encode(images).mode()))``: (B, 3, H, W) → (B, 3, H, W).
 
         The options are those of the three; ``enhance`` always sees the whole latent, and
-        ``check_finite`` looks at the images and at the enhanced latent.
+        ``check_finite`` looks at the images and at the enhanced latent. Latents are refined by all
+        branches, whichever decode them.
         """
         latent = self.encode(
             images, refinements=refinements, pad=pad, tile=tile, check_finite=check_finite
@@ -426,7 +427,9 @@ class ParScaleEAR(LiteVAE):
         path = shipped_weights(variant, decoder) if path is None else checkpoint.resolve(path)
         tensors, header = read(path, cls.__name__)
         try:
-            model = cls(ParScaleEARConfig.from_dict(header["config"]))
+            model = cls(
+                ParScaleEARConfig.from_dict(header["config"])
+            ).float()  # whatever the default is
             model.load_state_dict(tensors)
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -278,11 +278,13 @@ def _folder_members(folder: Path) -> list[ImageRef]:
 def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     refs: list[ImageRef] = []
     classes: dict[str, str] = {}  # name without extension → class
+    links = 0
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 stem, extension = os.path.splitext(member.name)
                 if not member.isfile():
+                    links += (member.islnk() or member.issym()) and extension.lower() in EXTENSIONS
                     continue
                 if extension.lower() in EXTENSIONS:
                     refs.append(ImageRef(path, member.name, member.offset_data, member.size, root))
@@ -295,6 +297,8 @@ def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
         if not refs:
             raise ImageError(damage) from error
         log.warning("%s; the %d pictures in front of the damage are used", damage, len(refs))
+    if links:
+        log.warning("%s: %d links to pictures are passed over; unpack the archive", path, links)
     refs = [replace(r, cls=classes.get(os.path.splitext(r.member or "")[0])) for r in refs]
     return sorted(refs, key=lambda ref: ref.name)
 

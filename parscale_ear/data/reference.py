@@ -29,6 +29,7 @@ from parscale_ear.data.images import (
 
 SIDE = 256
 WHEELS = "the wheels of scikit-image and matplotlib"  # in the source of their crops
+IMAGENETTE_PICTURES = 3_925  # of its validation part
 LEAST = 4  # pictures that a distance between two halves needs
 SHORT_SIDES = (256, 320, 400, 512)  # a crop's photograph is resized to one of these, never up
 
@@ -206,7 +207,13 @@ def imagenette_reference(count: int, root: Path) -> ReferenceSet:
                 f"Imagenette could not be downloaded ({type(error).__name__}); use --ref-dir with "
                 "a folder of photographs, or leave --reference out"
             ) from error
-    return _from_refs(_mixed(find_images([folder])), count, "Imagenette validation pictures")
+    refs = find_images([folder])
+    if len(refs) != IMAGENETTE_PICTURES:
+        raise ImageError(
+            f"{folder} holds {len(refs):,} of Imagenette's {IMAGENETTE_PICTURES:,} validation pictures; "
+            "delete it, to download them anew"
+        )
+    return _from_refs(_mixed(refs), count, "Imagenette validation pictures")
 
 
 def _mixed(refs: list[ImageRef]) -> list[ImageRef]:

@@ -2,7 +2,7 @@
 
 Next-scale prediction as in Tian et al., "Visual Autoregressive Modeling" (NeurIPS 2024), without a
 codebook: what is predicted is a latent of the project's autoencoder, token by token a vector, drawn
-in one pass of a head after Shao et al., "Continuous Visual Autoregressive Generation via Score
+in one pass of a head a band (the mean is one, details are three) after Shao et al., "Continuous Visual Autoregressive Generation via Score
 Maximization" (ICML 2025); streams after Chen et al., "Parallel Scaling Law for Language Models"
 (2025).
 
@@ -165,7 +165,7 @@ class EnergyAR(NextScaleGenerator):
             temperature: weight of the draws' distance from each other.
             input_noise: largest deviation of noise on what is known.
             each: also score every stream's own states, behind the joined ones.
-            generator: of the head's noise.
+            generator: of the head's noise and the inputs'; on any device.
 
         Returns:
             (B, T, 1 or 3) a scale, FP32: of the mean, or of three bands; with ``each``
@@ -220,7 +220,7 @@ class EnergyAR(NextScaleGenerator):
             callback: see there.
 
         Returns:
-            (B or B · P, Z, S, S), normalised, FP32.
+            (B or B · P, Z, S, S), normalised, FP32 (FP64 of a model in FP64).
         """
         guidance = self.recommended["guidance"] if guidance is None else guidance
         temperature = self.recommended["temperature"] if temperature is None else temperature
@@ -426,7 +426,7 @@ class EnergyAR(NextScaleGenerator):
         """
         tensors, header = checkpoint.load(path, kind="EnergyAR")
         try:
-            model = cls(EARConfig.from_dict(header["config"]))
+            model = cls(EARConfig.from_dict(header["config"])).float()  # whatever the default is
             model.load_state_dict(tensors)
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""The energy score, and a head that draws a continuous token in one pass.
+"""The energy score, and a head that draws a band of a continuous token in one pass.
 
 Source: Shao et al., "Continuous Visual Autoregressive Generation via Score Maximization" (ICML
 2025); the score: Székely and Rizzo (2005), Gneiting and Raftery, "Strictly Proper Scoring Rules,

@@ -267,8 +267,7 @@ class LatentPyramid(KeepsFloat32):
 
 def _noisy(values: Tensor, largest: float, generator: torch.Generator | None) -> Tensor:
     """Adds Gaussian noise of a deviation that is drawn a picture, 0..``largest``."""
-    device = values.device
+    device = values.device if generator is None else generator.device
     strength = torch.rand(len(values), 1, 1, 1, generator=generator, device=device)
-    return values + largest * strength * torch.randn(
-        values.shape, generator=generator, device=device
-    )
+    noise = strength * torch.randn(values.shape, generator=generator, device=device)
+    return values + largest * noise.to(values)

@@ -269,7 +269,7 @@ class ParallelStreams(nn.Module):
                 f"{path}: these streams were trained on another backbone; use them with that one"
             )
         try:
-            streams = cls(StreamsConfig(**header["config"]))
+            streams = cls(StreamsConfig(**header["config"])).float()  # whatever the default is
             streams.load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]

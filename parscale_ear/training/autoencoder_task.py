@@ -72,6 +72,7 @@ class AutoencoderTask(WithAdversary):
         restored = self._decoded(self._noisy(step, first.mean + noise))
         loss, parts = self._reconstruction_loss(restored, images)
         for number in range(1, self.recipe.refinements + 1):
+            # As this corrects what the noise did, too, little of it is left in what is decoded here.
             posterior = self.model.refined(first, posterior, restored)
             restored = self._decoded(posterior.mean + noise)
             more, found = self._reconstruction_loss(restored, images)

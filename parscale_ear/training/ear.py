@@ -13,7 +13,8 @@ A run's folder::
     RUN/earP.safetensors                the generator, if it was trained with them
     RUN/streams.json                    what the streams are worth on the validation latents
 
-Latents are held in memory: 1 GB holds 120,000 of 32×8×8.
+Latents are held in memory: 1 GB holds 120,000 of 32×8×8, mirror images counted. The stage that scores
+whole pictures holds six times as much on the training's device, and twice that while it begins.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
-from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
+from parscale_ear.generator.ear import DEFAULT_DECODER, RECOMMENDED, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.distributed import World
@@ -73,13 +74,16 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
         for name, folder in folders.items()
         if folder is not None
     }
+    autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
+    # Other weights under the same names must not go on with a run, either.
+    lists["decoder"] = checkpoint.digest(autoencoder.decoder.state_dict())
+    if recipe.start is not None:
+        lists["start_weights"] = str(checkpoint.load(recipe.start)[1].get("sha256"))
     claim = Claim(recipe, out, resume=resume, **lists)
     world = claim.world
     if "pictures" in recipe.stages():
         FeatureLoss()  # and now if Lite0 is
-    autoencoder = ParScaleEAR.from_pretrained(
-        decoder=DEFAULT_DECODER, device=world.device, dtype=torch.float32
-    )
+    autoencoder = autoencoder.to(world.device)
     fingerprint = autoencoder.latent_fingerprint()
     training, validation, classes = load_latents(recipe, fingerprint)
     model = _fresh(recipe, training, classes, fingerprint)
@@ -104,7 +108,7 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             task = _task(stage, model, training, validation, recipe, out / stage, world)
             if not _run(stage, task, recipe, out, resume, world, facts):
                 return False
-        if world.rank == 0 and len(recipe.streams) > 1:
+        if world.rank == 0 and len(set(recipe.streams)) > 1:
             result = compare_streams(recipe, out, validation, world)
             checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")
         world.wait()
@@ -117,10 +121,11 @@ def load_latents(
     """Latents to train on and to measure on, and the names of their classes.
 
     Raises:
-        TrainingError: there are no classes, or others than the names given.
+        TrainingError: there are no classes, or others than the names given; or latents were refined
+            more often in one folder than in the other.
         CheckpointError: they cannot be read, or are of another latent space.
     """
-    training, classes = _read(recipe.latents, fingerprint)
+    training, classes, refined = _read(recipe.latents, fingerprint)
     names = recipe.class_names or classes
     if len(names) != len(classes):
         raise TrainingError(
@@ -131,7 +136,12 @@ def load_latents(
         few = classes[int(counts.argmin())]
         raise TrainingError(f"{recipe.latents}: class {few} has fewer than two latents")
     if recipe.validation is not None:
-        validation, found = _read(recipe.validation, fingerprint)
+        validation, found, alike = _read(recipe.validation, fingerprint)
+        if alike != refined:
+            raise TrainingError(
+                f"{recipe.validation}: latents refined {alike} times, those of {recipe.latents} {refined} "
+                "times; encode both alike"
+            )
         if found != classes:
             raise TrainingError(f"{recipe.validation}: other classes than {recipe.latents}")
         if validation.latents.shape[2:] != training.latents.shape[2:]:
@@ -139,7 +149,7 @@ def load_latents(
         return training, validation, names
     # Evenly spread over every class, never the first of one.
     order = training.labels.argsort(stable=True)
-    every = max(2, -(-len(training) // HELD_OUT))
+    every = max(10, -(-len(training) // HELD_OUT))
     held = torch.zeros(len(training), dtype=torch.bool)
     held[order[1::every]] = True
     held[[int((training.labels == k).nonzero()[0]) for k in range(len(classes))]] = False
@@ -147,7 +157,8 @@ def load_latents(
     return parts[0], parts[1], names
 
 
-def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...]]:
+def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...], int]:
+    """A folder's latents, its classes, and how often the latents were refined."""
     data = LatentDataset(folder, fingerprint=fingerprint)
     if not data.classes or not len(data):
         raise TrainingError(
@@ -168,7 +179,8 @@ def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...]]:
     latents = torch.stack(sides, dim=1).float()  # (N, 1 or 2, Z, S, S), however they are stored
     if latents.shape[3] != latents.shape[4]:
         raise TrainingError(f"{folder}: latents must be square, got {tuple(latents.shape[3:])}")
-    return LatentStore(latents, labels), tuple(data.classes)
+    refinements = int(data.index["job"].get("refinements", 0))
+    return LatentStore(latents, labels), tuple(data.classes), refinements
 
 
 def _fresh(
@@ -203,8 +215,12 @@ def _fresh(
                 f"{recipe.start}: trained on latents of another autoencoder; train the generator on these "
                 "first, by minutes or picture_minutes"
             )
-        log.warning("%s was trained on latents of another autoencoder", recipe.start)
+        log.warning(
+            "%s was trained on latents of another autoencoder, and keeps normalising by their statistics",
+            recipe.start,
+        )
         model.latent_fingerprint = fingerprint
+    model.recommended = dict(RECOMMENDED)  # the old ones were chosen for the old weights
     return model.train()
 
 

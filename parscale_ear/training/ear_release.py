@@ -163,6 +163,7 @@ def release(
         ValueError: the generator has other classes than ten, or the card lacks its marks.
     """
     header = checkpoint.load(weights, kind="EnergyAR")[1]
+    decoder = _decoder_digest()
     card = (out / CARD).read_text(encoding="utf-8")
     with_figures(card, None)  # fails now rather than at the end
     model = EnergyAR.from_pretrained(weights)
@@ -188,7 +189,10 @@ def release(
         "pictures": len(validation.labels),
         "side": model.config.image_side,
         "ceiling": figures["ceiling"],
+        "decoder_sha256": decoder,  # through which the ceiling is
     }
+    if decoder != _decoder_digest():
+        raise ValueError("the shipped decoder changed while pictures were judged; begin anew")
     statistics = FeatureStatistics(law, judge.network.name, judge.classes, facts)
     report: dict[str, Any] = {
         "judge": judge.network.name,
@@ -210,10 +214,14 @@ def release(
     checkpoint.write_text(out / CARD, with_figures(card, report))
     report["statistics_error"] = FeatureStatistics.load(out / STATISTICS_FILE).law.distance(law)
     report["weights_sha256"] = checkpoint.load(out / SHIPPED_FILE)[1]["sha256"]
-    decoder = shipped_weights("hybrid", DEFAULT_DECODER)
-    report["decoder_sha256"] = checkpoint.load(decoder)[1]["sha256"]
+    report["decoder_sha256"] = decoder
     checkpoint.write_text(evidence / EVIDENCE_FILE, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _decoder_digest() -> str:
+    """Of the decoder that ships for what is drawn."""
+    return str(checkpoint.load(shipped_weights("hybrid", DEFAULT_DECODER))[1]["sha256"])
 
 
 def with_figures(card: str, report: Mapping[str, Any] | None) -> str:

@@ -169,6 +169,7 @@ class EARTask(WithAdversary):
         images = generator.generate(
             [label for label in range(classes) for _ in range(PICTURES_SHOWN)],
             guidance=GUIDANCE_SHOWN,
+            temperature=1.0,
             generator=torch.Generator(self.world.device).manual_seed(self.recipe.seed),
             streams=streams,
             mode="diverse" if streams is None else "aggregate",

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
-BESIDE = ("processes", "pictures", "validated")  # what it says beside a recipe's fields
+# What recipe.json says beside a recipe's fields.
+BESIDE = ("processes", "pictures", "validated", "decoder", "start_weights")
 PATHS = ("images", "latents", "validation", "start")  # fields of recipes
 
 HELD_OUT = 64  # at most so many pictures are held out when none are named for validation

@@ -106,7 +106,7 @@ def train_var(recipe: VARRecipe, out: Path, *, resume: bool = False) -> bool:
                 task = _token_task(stage, var, stores, recipe, out / stage, world)
             if not _run(stage, task, var, recipe, out, resume, world, facts):
                 return False
-        if world.rank == 0 and len(recipe.streams) > 1:
+        if world.rank == 0 and len(set(recipe.streams)) > 1:
             var = VAR.from_pretrained(out / "var.safetensors", device=world.device)
             result = compare_streams(var, recipe, out, (stores or tokens_of(var))[1], world)
             checkpoint.write_text(out / "streams.json", json.dumps(result, indent=1) + "\n")

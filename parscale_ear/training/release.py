@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from parscale_ear import __version__, checkpoint
+from parscale_ear.autoencoder.files import leave_out
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
 from parscale_ear.data.images import find_images, from_uint8, load_squares, to_grey
@@ -135,7 +136,8 @@ def release(
         CheckpointError: the run is not finished, or damaged.
         FeatureError: the extractor cannot be had.
         ImageError: no pictures.
-        ValueError: the models do not share one latent space, or the card lacks its marks.
+        ValueError: the models do not share one latent space or what is stored once, or the card
+            lacks its marks.
     """
     pictures = load_squares(find_images(validation))
     card = (out / CARD).read_text(encoding="utf-8")
@@ -143,6 +145,16 @@ def release(
     headers = {name: checkpoint.load(run / f"{name}.safetensors")[1] for name in SHARED}
     if len({header.get("latent_fingerprint") for header in headers.values()}) > 1:
         raise ValueError("the models do not share one latent space; they are of different runs")
+    models = {
+        name: ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
+        for name in SHARED
+    }
+    for name, parts in SHARED.items():
+        kept, own = (
+            leave_out(models[model].state_dict(), parts, "")[1] for model in ("hybrid", name)
+        )
+        if kept != own:
+            raise ValueError(f"{name}.safetensors has another {' or '.join(parts)} than hybrid's")
     extractor, _ = load_extractor(JUDGE)
     originals = look(extractor, pictures)
     facts: dict[str, dict[str, Any]] = {}
@@ -151,9 +163,8 @@ def release(
         old = "data" in header["training"].get("validation", {})
         for stage in header["training"]["history"]:
             stage.setdefault("release", named_release(stage)[1] if old else __version__)
-    models: dict[str, ParScaleEAR] = {}
-    for name, shared in SHARED.items():
-        model = ParScaleEAR.from_pretrained(run / f"{name}.safetensors").half().float()
+    for name, model in models.items():
+        shared = SHARED[name]
         facts[name] = {
             **headers[name]["training"],
             "validation": {
@@ -170,7 +181,6 @@ def release(
             )
         if training and not shared:
             facts[name]["latent"] = latent_statistics(model, training)
-        models[name] = model
     # All at the end: a new one beside earlier ones of another latent space could not be read.
     for name, model in models.items():
         model.save_pretrained(
@@ -213,7 +223,7 @@ def with_figures(card: str, facts: Mapping[str, Mapping[str, Any]]) -> str:
             *_grey_lines(facts),
             *(_latent_lines(first["latent"]) if "latent" in first else ()),
             "",
-            "Every stage goes on from the one above it, baseline and the first sharp one from hybrid:",
+            "A stage goes on from the one above it, baseline and the first sharp one from the hybrid of their release:",
             "",
             "| stage | trains | pictures | steps | minutes | crops a step | peak rate | loss weights |",
             "|---|---|---|---|---|---|---|---|",

@@ -131,8 +131,8 @@ def add_refinements(verb: argparse.ArgumentParser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="times that latents are corrected by what becomes of them: closer to the pictures for "
-        "another encoding and decoding each (default 0)",
+        help="times that latents are corrected by what becomes of them, for another encoding and "
+        "decoding each: the first brings nearly all of what there is to gain (default 0)",
     )
 
 

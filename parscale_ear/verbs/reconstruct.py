@@ -41,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from parscale_ear.autoencoder.reconstruct import reconstruct_image
     from parscale_ear.data import images as pictures
     from parscale_ear.device import DTYPES, UsageError, resolve_device
-    from parscale_ear.metrics.reconstruction import psnr
+    from parscale_ear.metrics.reconstruction import HIGHEST_PSNR, psnr
 
     device = resolve_device(arguments.device)
     refs = pictures.find_images(arguments.images)
@@ -83,6 +83,6 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name:<{width}}  {value:6.2f} dB")
     if rows:
-        mean = sum(value for _, value in rows) / len(rows)
+        mean = sum(min(value, HIGHEST_PSNR) for _, value in rows) / len(rows)
         print(f"{'mean':<{width}}  {mean:6.2f} dB PSNR over {len(rows)} pictures → {arguments.out}")
     return 2 if failed else 0

@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from parscale_ear.autoencoder import latent_cache
+from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.latent_cache import (
     CacheOptions,
     CacheResult,
@@ -97,6 +98,17 @@ def test_a_folder_holds_latents_that_are_refined_alike(
     encode_folder(refs, tmp_path / "out", replace(OPTIONS, refinements=first))
     with pytest.raises(CheckpointError, match="holds latents with another refinements"):
         encode_folder(refs, tmp_path / "out", replace(OPTIONS, refinements=second))
+
+
+def test_latents_that_another_decoder_refined_do_not_mix(classes: Path, tmp_path: Path) -> None:
+    refs = find_images([classes / "dog"])
+    sharp = shipped_weights(decoder="sharp")
+    encode_folder(refs, tmp_path / "plain", OPTIONS)
+    assert encode_folder(refs, tmp_path / "plain", OPTIONS, weights=sharp).encoded == 0  # equal
+    asked = replace(OPTIONS, refinements=1)
+    encode_folder(refs, tmp_path / "out", asked)
+    with pytest.raises(CheckpointError, match="holds latents with another weights"):
+        encode_folder(refs, tmp_path / "out", asked, weights=sharp)
 
 
 def test_folders_of_releases_without_refinements_are_gone_on_with(

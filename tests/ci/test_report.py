@@ -138,6 +138,8 @@ def test_a_quick_or_bad_run_is_not_kept(kept: dict[str, dict[str, Any]], tmp_pat
         (lambda r: r["generation"]["figures"]["settings"].update(guidance=9.0), "guidance 9"),
         (lambda r: r["latency"].update(dtype="bfloat16"), "latency: in bfloat16"),
         (lambda r: r["fid"].update(seed=3), "fid: seed 3"),
+        (lambda r: r["sanity"]["packages"].update(piq="0.1"), "piq 0.1 instead of"),
+        (lambda r: r["sanity"].update(torch="2.6.0+cpu"), r"torch 2.6.0 instead of"),
         (lambda r: r["fid"].update(run="another"), "not all by one bash ci/run.sh"),
         (lambda r: [report.pop("run") for report in r.values()], "not all by one bash ci/run.sh"),
         (lambda r: r.pop("sanity"), "sanity: missing"),
@@ -172,6 +174,28 @@ def test_documents_are_not_written_from_reports_of_other_weights(
     monkeypatch.setattr(ci.report, "KEPT", tmp_path / "results")
     monkeypatch.setattr(ci.report, "write_documents", lambda reports: pytest.fail("written"))
     with pytest.raises(_common.UsageError, match=r"not written: .*other weights"):
+        ci.report.main(["--readme", "--results", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.update(run="another"), "not all by one bash"),
+        (lambda r: r.update(evidence_sha256="0"), "beside other evidence"),
+    ],
+)
+def test_documents_are_written_from_one_full_run_beside_its_evidence(
+    change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(KEPT, tmp_path / "results")
+    path = tmp_path / "results" / "fid.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(ci.report, "KEPT", tmp_path / "results")
+    monkeypatch.setattr(ci.report, "write_documents", lambda reports: pytest.fail("written"))
+    with pytest.raises(_common.UsageError, match=f"not written: .*{said}"):
         ci.report.main(["--readme", "--results", str(tmp_path / "none")])
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,8 +178,30 @@ class TestReports:
         digest = _common.source_digest()
         (evidence / "sanity.json").touch()  # a report, no evidence
         assert _common.source_digest() == digest
+        before = _common.evidence_digest()
         (evidence / "heads_pictures_9.json").touch()
         assert _common.source_digest() != digest
+        assert _common.evidence_digest() != before
+
+    @pytest.mark.parametrize("what", ["source", "evidence", "weights"])
+    def test_what_changed_while_it_was_measured_is_not_reported(
+        self, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_common, "_began", {})
+        _common.parser("", "x.json")
+        assert _common.common_fields(torch.device("cpu"), torch.float32, 0)["seed"] == 0
+        monkeypatch.setattr(_common, f"{what}_digest", lambda: "another")
+        with pytest.raises(_common.UsageError, match="changed while this was measured"):
+            _common.common_fields(torch.device("cpu"), torch.float32, 0)
+
+    def test_a_ceiling_through_another_decoder_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shipped = FeatureStatistics.load(shipped_statistics())
+        other = replace(shipped, facts={**shipped.facts, "decoder_sha256": "0"})
+        monkeypatch.setattr(ci.generation.FeatureStatistics, "load", lambda path: other)
+        with pytest.raises(_common.UsageError, match="through another decoder"):
+            ci.generation.main(["--quick", "--device", "cpu"])
 
     def test_say_where_they_come_from(self, reports: dict[str, dict[str, Any]]) -> None:
         for name, milestone in REPORTS.items():
@@ -187,6 +211,8 @@ class TestReports:
             assert report["weights_sha256"] == _common.weights_digest()
             assert report["device_type"] == "cpu"
             assert report["torch"] == torch.__version__
+            assert report["packages"]["numpy"] == np.__version__
+            assert set(report["packages"].values()) - {"none"}
 
     def test_a_skipped_target_says_why(self, reports: dict[str, dict[str, Any]]) -> None:
         skipped = [
@@ -231,6 +257,8 @@ class TestValidation:
             (lambda r: r["fid"].update(source_sha256="0"), "another source"),
             (lambda r: r["fid"]["weights_sha256"].update(hybrid="0"), "other weights"),
             (lambda r: r["latency"].update(device="another"), "different device"),
+            (lambda r: r["fid"].update(evidence_sha256="0"), "beside other evidence"),
+            (lambda r: r["fid"]["packages"].update(piq="0.1"), "different packages"),
             (lambda r: r["latency"].update(quick=False), "different quick"),
             (lambda r: r["fid"]["settings"].update(num_samples=9), "different pictures"),
             (lambda r: r["fid"]["figures"]["reference"].update(sha256="0"), "different pictures"),
@@ -249,8 +277,9 @@ class TestValidation:
         assert not find_problems(reports, source=_common.source_digest())
         change(reports)
         problems = find_problems(
-            reports, source=_common.source_digest(), weights=_common.weights_digest()
-        )
+            reports, source=_common.source_digest(), evidence=_common.evidence_digest(),
+            weights=_common.weights_digest(),
+        )  # fmt: skip
         assert any(message in problem for problem in problems)
         assert judge(reports, problems) == 2
 
@@ -353,6 +382,7 @@ class TestTargets:
             return {
                 "faithful": {**row, "psnr_db": psnr, "distance": 10.0},
                 "sharp": {**row, "psnr_db": 26.0, "distance": distance},
+                "refined": {**row, "psnr_db": psnr + 0.5},
             }
 
         def statuses(psnr: float, distance: float, quick: bool = False) -> list[str]:
@@ -365,7 +395,9 @@ class TestTargets:
         assert statuses(27.5, 9.9)[-1] == "PASS"
         assert set(statuses(27.3, 6.6, quick=True)) == {"SKIPPED"}
         shipped = ci.fid_eval.card_targets(ci.fid_eval.shipped_facts(), quick=False)
-        assert all(target.why.endswith(".tar") for target in shipped)
+        assert all(".tar" in target.why for target in shipped)
+        told = ci.fid_eval.card_targets(facts(27.2, 6.0), quick=False)
+        assert (told[0].status, "27.70 dB refined once" in told[0].why) == ("MISSED", True)
         assert {t.status for t in shipped if "sharp" in t.name} == {"PASS"}
 
     def test_the_hybrids_worth_needs_an_interval_below_0(self) -> None:
@@ -469,6 +501,40 @@ class TestWrongUse:
         assert done.returncode == 2
         assert "No module named" in done.stderr
         assert "bare lacks what is needed" in done.stderr
+        assert (tmp_path / "results" / "summary.json").exists()
+
+    @pytest.mark.parametrize(
+        ("variable", "said"),
+        [
+            ("CI_NUM_RUNS=abc", "CI_NUM_RUNS: expected a whole number"),
+            ("CI_GENERATION_SAMPLES=0", "CI_GENERATION_SAMPLES: expected a whole number"),
+            ("CI_FEATURES=x", "CI_FEATURES must be one of auto,"),
+            ("REF_DIR=nowhere", "nowhere: no such file"),
+            ("--device gpu", "--device gpu: unknown"),
+        ],
+    )
+    def test_run_sh_looks_at_what_is_asked_before_it_removes_anything(
+        self, variable: str, said: str, tmp_path: Path
+    ) -> None:
+        """Tried on a copy, too."""
+        shutil.copytree(ROOT / "ci", tmp_path / "ci")
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results" / "summary.json").write_text("{}")
+        option = variable.split() if variable.startswith("-") else []
+        name, _, value = variable.partition("=")
+        done = subprocess.run(
+            ["bash", "ci/run.sh", *option],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ, "CI_PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+                **({} if option else {name: value}),
+            },
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert f"run.sh: {said}" in done.stderr.replace(f"{tmp_path}/", "")
+        assert "Traceback" not in done.stderr
         assert (tmp_path / "results" / "summary.json").exists()
 
     def test_run_sh_stays_in_its_own_checkout_and_names_its_run(self, tmp_path: Path) -> None:

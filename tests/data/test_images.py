@@ -234,6 +234,18 @@ class TestFinding:
         assert ref.dimensions() == (300, 200)
         assert read == [images.HEADER_BYTES, ref.size][:opened]
 
+    def test_links_in_a_tar_are_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gradient().save(tmp_path / "a.png")
+        os.link(tmp_path / "a.png", tmp_path / "b.png")
+        os.symlink("a.png", tmp_path / "c.png")
+        with tarfile.open(tmp_path / "t.tar", "w") as archive:
+            for name in ("a.png", "b.png", "c.png"):
+                archive.add(tmp_path / name, name)
+        assert [ref.stem for ref in find_images([tmp_path / "t.tar"])] == ["a"]
+        assert "t.tar: 2 links to pictures are passed over" in caplog.text
+
     def test_a_cut_off_shard_gives_what_it_has(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -86,6 +86,15 @@ def test_no_network_for_imagenette(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_reference(10, name="imagenette", cache=tmp_path)
 
 
+def test_a_part_of_imagenette_is_not_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "imagenette2-320" / "val" / "n01440764"
+    folder.mkdir(parents=True)
+    for index in range(5):
+        Image.new("RGB", (64, 64)).save(folder / f"{index}.png")
+    with pytest.raises(ImageError, match=r"holds 5 of Imagenette's 3,925 .*delete it"):
+        load_reference(5, name="imagenette", cache=tmp_path)
+
+
 def test_wrong_use() -> None:
     with pytest.raises(ValueError, match="at least 4"):
         load_reference(1)

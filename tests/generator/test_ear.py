@@ -224,14 +224,17 @@ def test_bad_arguments(model: EnergyAR, arguments: dict[str, object], named: str
         model.generate_latents(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_draws_about_the_same(model: EnergyAR, dtype: torch.dtype) -> None:
-    exact = model.generate_latents([0, 1], guidance=0, generator=seeded())
+@pytest.mark.parametrize("guidance", [0, 2])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1e-3), (torch.float16, 3e-5)])
+def test_half_precision_draws_about_the_same(
+    model: EnergyAR, dtype: torch.dtype, most: float, guidance: float
+) -> None:
+    exact = model.generate_latents([0, 1], guidance=guidance, generator=seeded())
     found = copy.deepcopy(model).set_dtype(dtype)
     assert found.pyramid.mean0.dtype == torch.float32
-    half = found.generate_latents([0, 1], guidance=0, generator=seeded())
+    half = found.generate_latents([0, 1], guidance=guidance, generator=seeded())
     assert half.dtype == torch.float32
-    assert float((half - exact).square().mean() / exact.square().mean()) < 0.05
+    assert float((half - exact).square().mean() / exact.square().mean()) < most
 
 
 def test_double_precision_draws_the_same(model: EnergyAR) -> None:

@@ -59,12 +59,15 @@ def test_weights_are_loaded_for_use_in_the_dtype_asked_for(
 
 def test_weights_are_in_fp32_whatever_the_default_is(tmp_path: Path) -> None:
     path = EnergyAR(CONFIG).save_pretrained(tmp_path / "ear.safetensors", dtype=torch.float16)
+    expected = EnergyAR.load(path).state_dict()
     torch.set_default_dtype(torch.bfloat16)
     try:
         model = EnergyAR.load(path)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name])  # not rounded to BF16 on the way
     with pytest.raises(ValueError, match="to store weights"):
         model.save_pretrained(tmp_path / "int.safetensors", dtype=torch.int8)
 

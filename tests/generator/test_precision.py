@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from parscale_ear.generator.pyramid import LatentPyramid
 from parscale_ear.generator.var import VAR
@@ -52,16 +53,29 @@ def test_other_casts_are_made() -> None:
     assert pyramid.to("meta").mean0.device.type == "meta"
 
 
-def test_the_quantiser_keeps_tf32_out(var: VAR, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    smooth = type(var.vqvae.quantizer)._smooth
+class Watching(TorchFunctionMode):
+    """Notes in which precision matrix products and convolutions are made."""
 
-    def watched(*arguments: Any) -> Tensor:
-        seen.append(torch.backends.cudnn.allow_tf32)
-        return smooth(*arguments)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[tuple[bool, str]]] = {"matmul": set(), "conv2d": set()}
 
-    monkeypatch.setattr(type(var.vqvae.quantizer), "_smooth", watched)
-    tokens = var.vqvae.quantizer.encode(torch.zeros(1, var.vqvae.quantizer.channels, 4, 4))
-    var.vqvae.quantizer.contribution(0, tokens[0])
-    assert seen
-    assert not any(seen)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.strip("_")
+        if name in self.seen:
+            self.seen[name].add(
+                (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_quantiser_keeps_tf32_out(var: VAR) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Watching() as watching:
+            tokens = var.vqvae.quantizer.encode(torch.zeros(1, var.vqvae.quantizer.channels, 4, 4))
+            var.vqvae.quantizer.contribution(0, tokens[0])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert watching.seen == {"matmul": {(False, "highest")}, "conv2d": {(False, "highest")}}

@@ -218,8 +218,12 @@ def test_streams_of_another_training_are_refused(var: VAR, tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", ["diverse", "aggregate"])
 def test_streams_in_fp32_serve_a_backbone_in_bf16(load: Callable[..., VAR], mode: str) -> None:
     var = load("l2", dtype=torch.bfloat16)
-    images = draw(var, 0, streams=lively_streams(var, 2), mode=mode)
-    assert bool(torch.isfinite(images).all())
+    streams = lively_streams(var, 2)
+    assert bool(torch.isfinite(draw(var, 0, streams=streams, mode=mode)).all())
+    tokens = [torch.zeros(1, side * side, dtype=torch.long) for side in (1, 2, 3, 4)]
+    with torch.inference_mode():
+        exact, found = (m.logits([3], tokens, streams=streams) for m in (load("l2"), var))
+    assert float((found - exact).square().mean() / exact.var()) < 5e-4
 
 
 def test_streams_of_another_backbone_are_refused(var: VAR) -> None:

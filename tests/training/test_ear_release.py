@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from parscale_ear import checkpoint
+from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.cli import main
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR
@@ -170,6 +171,8 @@ def test_a_release_is_what_it_says(
         assert found == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
     statistics = FeatureStatistics.load(out / "imagenette128.safetensors")
     assert statistics.facts["pictures"] == 30
+    sharp = checkpoint.load(shipped_weights(decoder="sharp"))[1]["sha256"]
+    assert statistics.facts["decoder_sha256"] == report["decoder_sha256"] == sharp
     assert report["statistics_error"] < 1e-4 * expected
     written = (out / "ear.md").read_text()
     assert written.startswith("# Card\n")

@@ -22,7 +22,7 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
 from parscale_ear.cli import main
 from parscale_ear.data.latents import INDEX_FILE
-from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.ear import RECOMMENDED, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training import ear_tasks
 from parscale_ear.training.distributed import OneProcess
@@ -196,6 +196,7 @@ def test_goes_on_from_given_weights(
     assert not (tmp_path / "second" / "ear.safetensors").exists()
     foreign = EnergyAR.load(start)
     foreign.latent_fingerprint = "0" * 64
+    foreign.recommended = {"guidance": 0.5, "temperature": 0.7}
     other = foreign.save_pretrained(tmp_path / "foreign.safetensors")
     alone = replace(tiny, start=str(other), minutes=0, steps=None, streams=(1, 2))
     with pytest.raises(TrainingError, match=r"latents of another autoencoder; train the generator"):
@@ -206,6 +207,8 @@ def test_goes_on_from_given_weights(
     assert "foreign.safetensors was trained on latents of another autoencoder" in caplog.text
     ours = EnergyAR.load(tmp_path / "foreign" / "ear.safetensors").latent_fingerprint
     assert ours == EnergyAR.load(start).latent_fingerprint
+    # What was chosen for the old weights is not recommended for the new ones.
+    assert EnergyAR.load(tmp_path / "foreign" / "ear.safetensors").recommended == RECOMMENDED
     with pytest.raises(TrainingError, match=r"another model.*depth is 1, not 2.*options"):
         train_ear(replace(tiny, depth=2), tmp_path / "deeper")
 
@@ -318,10 +321,50 @@ def test_held_out_latents_are_not_trained_on(recipe: EARRecipe) -> None:
     fingerprint = ParScaleEAR.from_pretrained().latent_fingerprint()
     training, validation, names = load_latents(replace(recipe, validation=None), fingerprint)
     assert names == ("bottom", "top")
-    assert len(training) + len(validation) == 12
+    assert (len(training), len(validation)) == (10, 2)
     assert training.latents.shape[1:] == (2, 32, 2, 2)
     for latent in validation.latents[:, 0]:
         assert not any(torch.equal(latent, other) for other in training.latents[:, 0])
+
+
+def test_a_run_goes_on_with_the_same_start_and_decoder_alone(
+    recipe: EARRecipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, out = tmp_path / "start.safetensors", tmp_path / "run"
+    shutil.copy(trained / "ear.safetensors", start)
+    asked = replace(
+        recipe, start=str(start), minutes=0, steps=None, streams=(2, 2), picture_steps=1
+    )
+    assert train_ear(asked, out)
+    assert train_ear(asked, out, resume=True)
+    assert not (out / "streams.json").exists()  # nothing to compare
+    load = ParScaleEAR.from_pretrained
+
+    def another(*arguments: Any, **options: Any) -> ParScaleEAR:
+        model = load(*arguments, **options)
+        with torch.no_grad():
+            next(model.decoder.parameters()).add_(1)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParScaleEAR, "from_pretrained", another)
+        with pytest.raises(TrainingError, match="holds a run with another decoder;"):
+            train_ear(asked, out, resume=True)
+    shutil.copy(trained / "pictures.safetensors", start)
+    with pytest.raises(TrainingError, match="holds a run with another start_weights;"):
+        train_ear(asked, out, resume=True)
+
+
+def test_latents_are_measured_on_others_that_were_refined_alike(
+    recipe: EARRecipe, pictures: Path, tmp_path: Path
+) -> None:
+    fingerprint, refined = ParScaleEAR.from_pretrained().latent_fingerprint(), tmp_path / "refined"
+    asked = ["--side", "32", "--mirror", "--refinements", "1"]
+    assert main(["encode", str(pictures), str(refined), *asked]) == 0
+    with pytest.raises(TrainingError, match=r"latents refined 1 times, those of .*cache 0 times"):
+        load_latents(replace(recipe, validation=str(refined)), fingerprint)
+    both = replace(recipe, latents=str(refined), validation=str(refined))
+    assert len(load_latents(both, fingerprint)[0]) == 12
 
 
 def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:

@@ -26,11 +26,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("timm", reason="training needs the extra 'train'")
     from parscale_ear.data.images import save_png
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("release")
+    (folder / "pictures").mkdir()
+    generator = torch.Generator().manual_seed(0)
     for index in range(4):
-        save_png(torch.rand(3, 96, 96) * 2 - 1, folder / f"{index}.png")
+        pixels = torch.rand(3, 96, 96, generator=generator) * 2 - 1
+        save_png(pixels, folder / "pictures" / f"{index}.png")
     recipe = Recipe(
-        images=(str(folder),),
+        images=(str(folder / "pictures"),),
         minutes=None,
         steps=4,
         batch=1,
@@ -47,13 +50,13 @@ def test_stages_are_labelled_by_their_release(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of one release are trained on before the number of the next one is known."""
-    ship = ["--validation", str(run.parent), "--out"]
+    ship = ["--validation", str(run.parent / "pictures"), "--out"]
     for folder, version in (("first", "0.7.0"), ("second", "0.8.0")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "README.md").write_text(CARD)
         if folder == "second":
             recipe = Recipe(
-                images=(str(run.parent),), start=str(tmp_path / "first" / "hybrid.safetensors"),
+                images=(str(run.parent / "pictures"),), start=str(tmp_path / "first" / "hybrid.safetensors"),
                 minutes=None, steps=4, batch=1, crop=32, final_crop=32, precision="fp32",
                 grey_share=0.25, latent_noise=0.4,
             )  # fmt: skip
@@ -89,7 +92,10 @@ def test_stages_that_shipped_without_a_label_are_of_05(
         ParScaleEAR.from_pretrained(path).save_pretrained(path, training=facts)
     out.mkdir()
     (out / "README.md").write_text(CARD)
-    assert release.main([str(mixed), "--validation", str(run.parent), "--out", str(out)]) == 0
+    assert (
+        release.main([str(mixed), "--validation", str(run.parent / "pictures"), "--out", str(out)])
+        == 0
+    )
     labels = {}
     for name in release.SHARED:
         stages = checkpoint.load(out / f"{name}.safetensors")[1]["training"]["history"]
@@ -109,7 +115,7 @@ def test_the_names_of_stages_up_to_05() -> None:
 
 def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(CARD)
-    source = str(run.parent)
+    source = str(run.parent / "pictures")
     options = ["--validation", source, "--training", source, "--out", str(tmp_path)]
     assert release.main([str(run), *options]) == 0
     card = (tmp_path / "README.md").read_text()
@@ -143,7 +149,10 @@ def test_ships_half_precision_and_its_own_figures(run: Path, tmp_path: Path) -> 
         spread = (greys.amax(1) - greys.amin(1)).double().mean().item()
         assert figures["grey_chroma"] == pytest.approx(spread, abs=6e-4)
         assert spread > 0.1
-        assert f"{label} {spread:.1f}" in card.split("given in grey")[1].splitlines()[0]
+        assert (
+            f"{label} {figures['grey_chroma']:.1f}"
+            in card.split("given in grey")[1].splitlines()[0]
+        )
     refined = checkpoint.load(tmp_path / "hybrid.safetensors")[1]["training"]["refined"]
     restored = reconstruct_pictures(whole, squares, refinements=1)
     assert refined["psnr_db"] == pytest.approx(psnr(restored, squares).mean(), abs=1e-3)
@@ -168,13 +177,32 @@ def test_runs_of_two_latent_spaces_are_refused(run: Path, tmp_path: Path) -> Non
     model.save_pretrained(path, training={})
     (tmp_path / "README.md").write_text(CARD)
     with pytest.raises(ValueError, match="one latent space"):
-        release.release(other, [str(run.parent)], tmp_path)
+        release.release(other, [str(run.parent / "pictures")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("sharp", "hybrid"), ("sharp", "decoder.features4")]
+)  # fmt: skip
+def test_what_is_stored_once_must_be_the_same(
+    name: str, part: str, run: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    path = other / f"{name}.safetensors"
+    model = ParScaleEAR.from_pretrained(path)
+    with torch.no_grad():
+        next(model.get_submodule(part).parameters()).add_(1)
+    model.save_pretrained(path, training={})
+    (tmp_path / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match=r"sharp\.safetensors has another .*decoder\.features4"):
+        release.release(other, [str(run.parent / "pictures")], tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_mistakes_are_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--validation", str(run.parent), "--out", str(tmp_path)]
+    options = ["--validation", str(run.parent / "pictures"), "--out", str(tmp_path)]
     assert release.main([str(run), *options]) == 2
     (tmp_path / "README.md").write_text("no marks")
     assert release.main([str(run), *options]) == 2
@@ -216,5 +244,5 @@ def test_what_ends_it_half_way_leaves_the_shipped_weights_whole(
 
     monkeypatch.setattr(release, "measure", stops)
     with pytest.raises(KeyboardInterrupt):
-        release.release(run, [str(run.parent)], tmp_path)
+        release.release(run, [str(run.parent / "pictures")], tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))  # new ones would not fit the others
