@@ -29,14 +29,15 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import SHIPPED, shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.images import ImageError, find_images
+from parscale_ear.data.reference import LEAST
 from parscale_ear.device import UsageError, exact_fp32
 from parscale_ear.device import resolve_device as resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER, EnergyAR, shipped_generator
-from parscale_ear.metrics.features import FeatureChoice, FeatureError
+from parscale_ear.metrics.features import FeatureChoice, FeatureError, load_extractor
 from parscale_ear.metrics.generation import shipped_statistics
+from parscale_ear.places import check_output
 from parscale_ear.profiling.origin import device_name as device_name
 from parscale_ear.profiling.origin import origin
-from parscale_ear.verbs.common import check_output
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
@@ -196,21 +197,33 @@ def check_run(device: str) -> int:
     """Looks at what ``ci/run.sh`` and its environment ask for, before anything is measured.
 
     Raises:
-        UsageError: a number, a network or the device cannot be had.
-        ImageError: ``REF_DIR`` holds no pictures.
+        UsageError: a number is too small, or a network or the device unknown or not there.
+        FeatureError: the features asked for cannot be had.
+        ImageError: ``REF_DIR`` holds too few pictures.
     """
     resolve_device(device)
-    for name in ("CI_NUM_RUNS", "CI_FID_SAMPLES", "CI_STREAM_RUNS", "CI_GENERATION_SAMPLES"):
+    classes = EnergyAR.load(shipped_generator()).config.class_names
+    least_asked = {
+        "CI_NUM_RUNS": 1,
+        "CI_FID_SAMPLES": LEAST,
+        "CI_STREAM_RUNS": 1,
+        "CI_GENERATION_SAMPLES": 2 * len(classes),
+    }
+    for name, least in least_asked.items():
         if value := os.environ.get(name):
             try:
-                positive_int(value)
+                count = positive_int(value)
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"{name}: {error}") from None
+            if count < least:
+                raise UsageError(f"{name}: at least {least} are needed, got {count}")
     features, known = os.environ.get("CI_FEATURES") or "auto", get_args(FeatureChoice)
     if features not in known:
         raise UsageError(f"CI_FEATURES must be one of {', '.join(known)}, got {features!r}")
-    if folder := os.environ.get("REF_DIR"):
-        find_images([folder])
+    for choice in {"efficientnet-lite1", features} - {"auto"}:  # which takes what there is
+        load_extractor(choice)  # type: ignore[arg-type]
+    if (folder := os.environ.get("REF_DIR")) and (count := len(find_images([folder]))) < LEAST:
+        raise ImageError(f"REF_DIR={folder}: at least {LEAST} pictures are needed, got {count}")
     return PASSED
 
 

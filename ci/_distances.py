@@ -110,8 +110,11 @@ def distance_head(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def interval_note(reference: Mapping[str, Any]) -> str:
     """How intervals over the reference pictures were made, and how far to trust them."""
-    note = f"intervals meant for 95 %, by jackknife over {reference['scenes']} scenes"
-    if reference["scenes"] < GROUPS:
+    scenes = reference["scenes"]
+    note = f"intervals meant for 95 %, by jackknife over {scenes} scenes"
+    if scenes > GROUPS:
+        note += f" in {GROUPS} groups"
+    if scenes < GROUPS:
         note += " (of 13 scenes those of distances hold 85 to 91 % in simulations)"
     return note
 

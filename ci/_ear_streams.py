@@ -116,7 +116,7 @@ def measure_ear_streams(
             f"{value:g}": feature_diversity(
                 _pictures(model, classes, counts[-1], seed, value), extractor
             )
-            for value in (*GUIDANCE, guidance)
+            for value in sorted({*GUIDANCE, guidance})
         },
     }
 

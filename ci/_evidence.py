@@ -92,7 +92,8 @@ def training_targets(evidence: Mapping[str, Any] | None) -> list[ci.Target]:
         status = "PASS" if row["high"] < 0 else "MISSED"
         why = (
             f"mean {row['value']:+.3f} dB, {len(evidence['seeds'])} seeds of "
-            f"{evidence['steps']:,} steps"
+            f"{evidence['steps']:,} steps by release {evidence['version']}, SSIM's weight in the loss "
+            f"{evidence.get('ssim_weight', 0):g}"
         )
         targets.append(ci.Target(name, status, row["high"], "< 0 dB", why))
     return targets

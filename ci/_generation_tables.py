@@ -15,7 +15,8 @@ NEIGHBOUR_HEAD = ("judge's distance to the nearest", "drawn", "held-out real pic
 NEIGHBOUR_NOTE = (
     "Real pictures, and the training pictures (mirrored ones too), as the autoencoder restores "
     "them. A generator that copies its training pictures would be far nearer to them than held-out "
-    "real pictures are; one that repeats itself would be nearer to its own."
+    "real pictures are; one that repeats itself would be nearer to its own. How often a training picture is "
+    "the nearest is counted without mirrored ones."
 )
 
 
@@ -183,7 +184,8 @@ def generation_notes(figures: Mapping[str, Any]) -> list[str]:
         f"{figures['side']}×{figures['side']}, guidance {settings['guidance']:g}, temperature "
         f"{settings['temperature']:g}: {figures['passes']} passes a picture, "
         f"{1000 * figures['picture_s']:.1f} ms a picture in batches, "
-        f"{1000 * figures['single_picture_s']:.0f} ms alone.",
+        f"{1000 * figures['single_picture_s']:.0f} ms alone (median of "
+        f"{figures['single_picture_calls']} calls).",
         f"A token costs {1e6 * heads['energy_token_s']:.1f} µs in the energy head and "
         f"{1e6 * heads['diffusion_token_s']:.1f} µs in a diffusion head of the same width in 32 "
         f"steps ({ci.number(heads['diffusion_token_s'] / heads['energy_token_s'])} times as much), "

@@ -53,7 +53,8 @@ def summary(reports: Mapping[str, Mapping[str, Any]]) -> str:
             markdown(("what", "figure", "measured"), _glance(reports)),
             "",
             f"**Milestones**: {count['PASS']} passed, {count['MISSED']} missed, {count['SKIPPED']} "
-            "SKIPPED. Those that did not pass:",
+            "SKIPPED; among them what is on record (the model cards' figures, trainings and judgements), which "
+            "a run reads and does not measure. Those that did not pass:",
             "",
             markdown(("target", "value", "limit", "why"), rows),
             "",
@@ -127,7 +128,7 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             )
             + f", {fid['figures']['distance_name']} {-nearer['value']:.0%} [{-nearer['high']:.0%}, "
             f"{-nearer['low']:.0%}] below the faithful one's",
-            crops,
+            f"{crops}; on wheels' crops the sharp decoder's recipe was tried, too",
         ),
         (
             "latency",
@@ -171,8 +172,8 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
     rows.append(
         (
             "a drawn picture",
-            f"{figures['passes']} passes, {1000 * figures['single_picture_s']:.0f} ms alone, "
-            f"{1000 * figures['picture_s']:.1f} ms in batches",
+            f"{figures['passes']} passes, {1000 * figures['single_picture_s']:.0f} ms alone "
+            f"(median of {figures['single_picture_calls']} calls), {1000 * figures['picture_s']:.1f} ms in batches",
             told(
                 generation, f"{figures['side']}×{figures['side']}, {figures['pictures']} pictures"
             ),

@@ -28,7 +28,7 @@ PROTOTYPE_NOTE = (
 def stream_head() -> tuple[str, ...]:
     """Columns of the table of cases."""
     return (
-        *("", "s", "tokens s", "P10–P90 s", "P·t(1)/t(P)", "peak MiB", "above model MiB"),
+        *("", "s", "tokens s", "least–most s", "P·t(1)/t(P)", "peak MiB", "above model MiB"),
         *("cache MiB", "diversity", "pixel cosine", "roof s", "H100 roof s (computed)"),
     )
 
@@ -47,7 +47,7 @@ def stream_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 row["name"],
                 f"{row['median_s']:.2f}",
                 f"{row['tokens_s']:.2f}",
-                f"{row['p10_s']:.2f}–{row['p90_s']:.2f}",
+                f"{row['least_s']:.2f}–{row['most_s']:.2f}",
                 f"{row['efficiency']:.2f}",
                 mib(row["peak_bytes"]),
                 mib(above),
@@ -109,8 +109,8 @@ def stream_notes(figures: Mapping[str, Any]) -> list[str]:
     return [
         *([f"{figures['model']}: {figures['note']}."] if figures["note"] else []),
         f"P calls of one stream, one after the other, in the same run: {calls}; the eager twin's "
-        f"tokens: {figures['twin_tokens_s']:.2f} s, {figures['twin_ratio']:.2f} times as long as one "
-        f"stream's (median of {figures['twin_rounds']} rounds of both).",
+        f"tokens: {figures['twin_tokens_s']:.2f} s in the rounds of all cases; in {figures['twin_rounds']} "
+        f"rounds of it and one stream, those among them, {figures['twin_ratio']:.2f} times as long (median).",
         f"Roof: the least time for the tokens at {roof['flops_per_s'] / 1e9:.0f} GFLOP/s and "
         f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, measured in this run. The H100 column is computed "
         f"from the same FLOPs and bytes with {h100['flops_per_s'] / 1e12:.0f} TFLOP/s and "
@@ -252,7 +252,7 @@ def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None
         f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
         f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, "
-        f"{_evidence.interval_method(evidence)}. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
+        f"of the scores a bootstrap over pictures, of distances: {_evidence.interval_method(evidence)}. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
         f"{told(evidence)}.{cost} {_ear_verdict(evidence, figures)}"
     )
 

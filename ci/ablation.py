@@ -90,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reference": reference.as_dict(),
     }
     targets = branch_targets(result, quick=arguments.quick)
+    on_record = _evidence.training_targets(_evidence.read(_evidence.TRAINING))
     if arguments.quick:
-        targets.append(ci.skipped("worth of the hybrid in training", "judged in a full run only"))
+        targets += ci.unjudged(on_record, "judged in a full run only")
     else:
-        targets += _evidence.training_targets(_evidence.read(_evidence.TRAINING))
+        targets += on_record
     fields = ci.common_fields(device, torch.float32, arguments.seed)
     settings = {"num_samples": len(reference.pictures)}
     return ci.finish("M3-1", "ablation", arguments, fields, settings, figures, targets)

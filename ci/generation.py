@@ -36,6 +36,7 @@ from parscale_ear.training.judging import BATCH, Judge, draw
 FULL_SAMPLES = ci.FULL["generation"]["num_samples"]
 MOST_PASSES = 8  # of the trunk, a picture
 MOST_HEAD_TIME = 0.2  # of a diffusion head's of the same width
+SINGLE_CALLS = 20  # of one picture alone
 LEAST_DIVERSITY = 0.8  # of real pictures'
 DIFFUSION_STEPS = 32
 HEAD_TOKENS = (32, 16)  # pictures and tokens that the heads are timed on
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reference": dict(statistics.facts),
         "passes": passes,
         "picture_s": seconds / count,
+        "single_picture_calls": SINGLE_CALLS,
         "single_picture_s": _single(model, settings, arguments.seed),
         "same_again": bool(torch.equal(again, pictures[: len(again)])),
         "heads": _heads(model, 2 if arguments.quick else 7),
@@ -147,11 +149,8 @@ def _draw(
 
 
 def _single(model: EnergyAR, settings: Mapping[str, float], seed: int) -> float:
-    """Median seconds of one picture alone."""
-    times = []
-    for _ in range(4):
-        _, seconds, _ = _draw(model, 1, settings, seed)
-        times.append(seconds)
+    """Median seconds of one picture alone, of ``SINGLE_CALLS``."""
+    times = [_draw(model, 1, settings, seed)[1] for _ in range(1 + SINGLE_CALLS)]
     return float(np.median(times[1:]))  # the first one warms up
 
 

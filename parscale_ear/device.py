@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,16 @@ def exact_fp32() -> Iterator[None]:
     """Within it FP32 on CUDA is FP32.
 
     PyTorch lets cuDNN's convolutions round to TF32 otherwise, and matrix products where it was told to
-    (``torch.set_float32_matmul_precision``; on some CPUs those are then in BF16).
+    (``torch.set_float32_matmul_precision``; on some CPUs those are then in BF16). The settings are the
+    whole process's, so threads that enter and leave it in turn disturb each other.
     """
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Told by ``fp32_precision``, of PyTorch 2.9, with which the older settings do not mix.
+        with _exact_by_place():
+            yield
+        return
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
@@ -57,6 +66,23 @@ def exact_fp32() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def _exact_by_place() -> Iterator[None]:
+    backends: Any = torch.backends  # its stubs do not know all of these
+    parts = [
+        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
+    ]
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -101,6 +127,18 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return _cpu_multiplies_bf16()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Looks whether a dtype is one of PyTorch's, rather than the name of one.
+
+    Raises:
+        ValueError: it is neither that nor None.
+    """
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(
+            f"dtype must be a torch.dtype, such as torch.float16, or None, got {dtype!r}"
+        )
 
 
 def default_dtype(device: torch.device) -> str:

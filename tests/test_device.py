@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,6 +49,31 @@ def test_fp32_is_exact_while_asked_for() -> None:
     finally:
         torch.set_float32_matmul_precision(before[1])
     assert torch.backends.cudnn.allow_tf32 == before[0]
+
+
+NEWER_SETTINGS = """
+import torch
+from parscale_ear.device import exact_fp32
+
+parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+parts[0].fp32_precision, parts[2].fp32_precision = "tf32", "bf16"
+before = [part.fp32_precision for part in parts]
+with exact_fp32():
+    print([part.fp32_precision for part in parts])
+print([part.fp32_precision for part in parts] == before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="of PyTorch 2.9 and later"
+)
+def test_fp32_is_exact_where_a_program_has_made_the_newer_settings() -> None:
+    """In a process of its own, as PyTorch refuses the older ones from then on."""
+    done = subprocess.run(
+        [sys.executable, "-c", NEWER_SETTINGS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['ieee', 'ieee', 'ieee']", "True"]
 
 
 def test_other_settings_of_cudnn_stay(monkeypatch: pytest.MonkeyPatch) -> None:

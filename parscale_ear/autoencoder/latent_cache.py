@@ -374,7 +374,7 @@ def encode_pictures(model: ParScaleEAR, pictures: Tensor, refinements: int = 0) 
     Refined as often as ``ParScaleEAR.encode`` is asked to.
 
     Raises:
-        ValueError: it has NaN or infinity in it.
+        ValueError: it has NaN or infinity in it, or the pictures are not 8-bit.
     """
     images = from_uint8(pictures.to(model.device))
     images = images.to(model.dtype, memory_format=torch.channels_last)

@@ -30,6 +30,7 @@ from parscale_ear.autoencoder.litevae import STRIDE, LiteVAE
 from parscale_ear.autoencoder.posterior import LatentPosterior
 from parscale_ear.autoencoder.tiling import check_tile, run_tiled
 from parscale_ear.data.images import pad_to_multiple
+from parscale_ear.device import check_dtype
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -418,12 +419,14 @@ class ParScaleEAR(LiteVAE):
 
         Raises:
             CheckpointError: the file is missing, truncated, foreign or changed.
-            ValueError: ``variant`` or ``decoder`` is unknown, or given beside a ``path``.
+            ValueError: ``variant`` or ``decoder`` is unknown, or given beside a ``path``; or ``dtype``
+                is none of PyTorch's.
         """
         if path is not None and (decoder is not None or variant != "hybrid"):
             raise ValueError(
                 "variant and decoder name shipped weights; leave them out where a path is given"
             )
+        check_dtype(dtype)
         path = shipped_weights(variant, decoder) if path is None else checkpoint.resolve(path)
         tensors, header = read(path, cls.__name__)
         try:

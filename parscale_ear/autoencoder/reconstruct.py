@@ -37,8 +37,10 @@ def reconstruct_image(
 
     Raises:
         ValueError: the picture or its reconstruction has NaN or infinity in it, or the picture a
-            wrong shape.
+            wrong shape or whole numbers.
     """
+    if not image.is_floating_point():
+        raise ValueError(f"image must be of floats in [-1, 1], got {image.dtype}")
     images = image[None].to(model.device, model.dtype)  # (1, 3, H, W)
     restored = model(images, refinements=refinements, pad=True, tile=tile, check_finite=True)
     check_finite(restored, "reconstructions")  # before infinity becomes white
@@ -72,7 +74,7 @@ def reconstruct_pictures(
         (N, 3, H, W), 8-bit, on the CPU.
 
     Raises:
-        ValueError: a reconstruction has NaN or infinity in it.
+        ValueError: a reconstruction has NaN or infinity in it, or the pictures are not 8-bit.
     """
     restored = []
     for part in torch.split(pictures, batch_size):

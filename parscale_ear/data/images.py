@@ -167,6 +167,7 @@ def _reason(error: Exception) -> str:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: EXIF rotation applied, transparency over white, 16 bits and floats scaled."""
+    picture.load()  # outside of the try: after a decoder's error Pillow gives what it has as the whole
     try:
         picture = ImageOps.exif_transpose(picture)
     except MemoryError:
@@ -218,7 +219,7 @@ def find_images(
             raise ImageError(
                 f"{path}: a pipe or a device; write what it gives to a file, and name that"
             )
-        elif tarfile.is_tarfile(path):
+        elif _is_tar(path):
             found = _tar_members(path)
         else:
             found = [ImageRef(path)]
@@ -275,6 +276,14 @@ def _folder_members(folder: Path) -> list[ImageRef]:
     return refs
 
 
+def _is_tar(path: Path) -> bool:
+    """Whether it is a tar archive; what cannot be read is none, and says so when it is."""
+    try:
+        return tarfile.is_tarfile(path)
+    except OSError:
+        return False
+
+
 def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     refs: list[ImageRef] = []
     classes: dict[str, str] = {}  # name without extension → class
@@ -292,7 +301,7 @@ def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
                     content = archive.extractfile(member)
                     assert content is not None  # it is a file
                     classes[stem] = content.read(256).decode("utf-8", "replace").strip()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         damage = f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
         if not refs:
             raise ImageError(damage) from error
@@ -354,7 +363,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_uint8(pictures: Tensor) -> Tensor:
-    """8 bits → [−1, 1], FP32. Any shape."""
+    """8 bits → [−1, 1], FP32. Any shape.
+
+    Raises:
+        ValueError: they are not 8-bit.
+    """
+    if pictures.dtype != torch.uint8:
+        raise ValueError(f"8-bit pictures (torch.uint8) are needed, got {pictures.dtype}")
     return (pictures.float() / 127.5).sub_(1.0)
 
 

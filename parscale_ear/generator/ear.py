@@ -27,7 +27,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import Decoder
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
-from parscale_ear.device import check_finite
+from parscale_ear.device import check_dtype, check_finite
 from parscale_ear.generator.attention import Cache, GrowingCache
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator, Rows
 from parscale_ear.generator.ear_config import EARConfig, find_class
@@ -75,6 +75,7 @@ class EnergyAR(NextScaleGenerator):
         head = sum(p.numel() for p in self.head.parameters())
         total = sum(p.numel() for p in self.parameters())
         self._counts = {"transformer": total - head, "head": head, "total": total}
+        self._known_digests: dict[str, str] = {}  # of weights as rounded → fingerprint
         self.latent_fingerprint: str | None = None  # of the latent space that it was trained on
         self.recommended = dict(RECOMMENDED)  # what :meth:`generate` takes where it is not told
         self._autoencoder: tuple[ParScaleEAR, ...] = ()  # in a tuple: no part of the weights
@@ -99,8 +100,11 @@ class EnergyAR(NextScaleGenerator):
             autoencoder: of the latent space that this model was trained on, any decoder.
 
         Raises:
+            TypeError: it is none.
             ValueError: it has another latent space.
         """
+        if not isinstance(autoencoder, ParScaleEAR):
+            raise TypeError(f"autoencoder must be a ParScaleEAR, got {type(autoencoder).__name__}")
         if self.latent_fingerprint not in (None, autoencoder.latent_fingerprint()):
             raise ValueError(
                 "this generator was trained on latents of another autoencoder; use the one that "
@@ -373,9 +377,11 @@ class EnergyAR(NextScaleGenerator):
     def fingerprint(self) -> str:
         """SHA-256 of all weights (as FP16); streams name their backbone by it.
 
-        The same for the model in FP32 and in FP16, as weights ship in FP16.
+        The same for the model in FP32 and in FP16, as weights ship in FP16, and for one that was
+        loaded in BF16. Cast to BF16 later, or stored in it, it is another.
         """
-        return checkpoint.digest({name: t.half() for name, t in self.state_dict().items()})
+        found = checkpoint.digest({name: t.half() for name, t in self.state_dict().items()})
+        return self._known_digests.get(found, found)
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **facts: Any
@@ -423,7 +429,9 @@ class EnergyAR(NextScaleGenerator):
 
         Raises:
             CheckpointError: the file is missing, damaged or foreign.
+            ValueError: ``dtype`` is none of PyTorch's.
         """
+        check_dtype(dtype)
         tensors, header = checkpoint.load(path, kind="EnergyAR")
         try:
             model = cls(EARConfig.from_dict(header["config"])).float()  # whatever the default is
@@ -434,7 +442,11 @@ class EnergyAR(NextScaleGenerator):
         model.latent_fingerprint = header.get("latent_fingerprint")
         model.recommended.update(header.get("recommended", {}))
         model = model.to(device or "cpu")
-        return model.set_dtype(torch.float32 if dtype is None else dtype).eval()
+        fingerprint = model.fingerprint() if dtype == torch.bfloat16 else None
+        model = model.set_dtype(torch.float32 if dtype is None else dtype).eval()
+        if fingerprint is not None:  # which BF16 rounds
+            model._known_digests = {model.fingerprint(): fingerprint}
+        return model
 
     @classmethod
     def from_pretrained(
@@ -459,7 +471,9 @@ class EnergyAR(NextScaleGenerator):
         Raises:
             CheckpointError: the file is missing, damaged or foreign, or was trained on another
                 autoencoder's latents.
-            ValueError: both ``autoencoder`` and ``decoder`` are given.
+            TypeError: ``autoencoder`` is none.
+            ValueError: both ``autoencoder`` and ``decoder`` are given, or ``dtype`` is none of
+                PyTorch's.
         """
         if autoencoder is not None and decoder is not None:
             raise ValueError(

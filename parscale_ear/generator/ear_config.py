@@ -95,8 +95,10 @@ def find_class(name: str, names: Sequence[str]) -> int:
     """Number of a class by its name, whatever its case.
 
     Raises:
-        ValueError: there is none; the message says which are near.
+        ValueError: there is none; the message says which are near. Or it is no name.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a class name is text, got {name!r}; numbers of classes need no look-up")
 
     def plain(text: str) -> str:
         return " ".join(text.lower().replace("_", " ").split())

@@ -266,7 +266,8 @@ class ParallelStreams(nn.Module):
         tensors, header = checkpoint.load(path, kind=cls.__name__)
         if backbone is not None and header.get("backbone") not in (None, backbone):
             raise checkpoint.CheckpointError(
-                f"{path}: these streams were trained on another backbone; use them with that one"
+                f"{path}: these streams were trained on another backbone (or on this one before its weights were "
+                "rounded to BF16); use them with that one"
             )
         try:
             streams = cls(StreamsConfig(**header["config"])).float()  # whatever the default is

@@ -192,7 +192,7 @@ def clustered_jackknife(
     with one degree of freedom less than there are groups.
 
     No sample comes twice, as it does in a bootstrap: of a Fréchet distance, which grows when fewer samples are
-    different, that gave intervals 1.1 to 2 times as wide in simulations (docs/experiments.md).
+    different, that gave intervals 0.8 to 2 times as wide in simulations (docs/experiments.md).
 
     Statistics that are computed from the same samples are paired: pass a difference as one of them.
 

@@ -42,7 +42,7 @@ class FeatureStatistics:
             ValueError: the root is not square (fewer pictures than features).
         """
         path = Path(path)
-        root = torch.from_numpy(self.law.root)
+        root = torch.from_numpy(np.linalg.qr(self.law.root, mode="r"))  # any root may be given
         if root.shape[0] != root.shape[1]:
             raise ValueError(
                 f"statistics need more pictures than features, got a root of {tuple(root.shape)}"

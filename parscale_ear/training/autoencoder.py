@@ -72,6 +72,8 @@ def train_autoencoder(recipe: Recipe, out: Path, *, resume: bool = False) -> boo
     """
     training, validation = split_pictures(recipe.images, recipe.validation)
     lists = {"pictures": list_digest(training), "validated": list_digest(validation)}
+    if recipe.start is not None:  # other weights under the same name must not go on with a run
+        lists["start_weights"] = str(checkpoint.load(recipe.start)[1].get("sha256"))
     claim = Claim(recipe, out, resume=resume, **lists)
     world = claim.world
     pictures = load_squares(validation)

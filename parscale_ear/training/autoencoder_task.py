@@ -165,6 +165,8 @@ class AutoencoderTask(WithAdversary):
         values = normalised.detach().float() * model.latent_std + model.latent_mean
         moments = torch.stack((values.mean((0, 2, 3)), values.square().mean((0, 2, 3))))
         self.world.mean_([moments])
+        if not bool(torch.isfinite(moments).all()):  # FP16's step is left out, too
+            return
         mean, square = moments[:, :, None, None]  # (Z, 1, 1) each
         decay = STATISTICS_DECAY
         variance = (square - mean.square()).clamp_min(1e-6)

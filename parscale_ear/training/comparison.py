@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 from torch import Tensor
 
-from parscale_ear import checkpoint
+from parscale_ear import __version__, checkpoint
 from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.hybrid import HybridConfig
 from parscale_ear.autoencoder.litevae import LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.crops import RandomCrops
-from parscale_ear.data.images import find_images, from_uint8, load_squares, to_uint8
+from parscale_ear.data.images import find_images, from_uint8, list_digest, load_squares, to_uint8
 from parscale_ear.metrics.reconstruction import psnr
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.autoencoder_task import AutoencoderTask
@@ -200,11 +200,12 @@ def compare(
     pictures = load_squares(find_images(validation))
     asked = Recipe(images=tuple(images), minutes=None, steps=steps, **changes)
     trained = {name: asdict(config) for name, config in variants().items()}
-    Claim(asked, out, resume=True, variants=trained).write()
+    recipes = [replace(asked, seed=seed) for seed in seeds]  # all looked at before the first trains
+    told = {"pictures": list_digest(find_images(images)), "release": __version__}
+    Claim(asked, out, resume=True, variants=trained, **told).write()
     figures: dict[str, dict[str, list[list[float]]]] = {}
     facts: dict[str, Any] = {}
-    for seed in seeds:
-        recipe = replace(asked, seed=seed)
+    for seed, recipe in zip(seeds, recipes, strict=True):
         crops = RandomCrops(find_images(images), side=recipe.crop, seed=seed)
         for name, config in variants().items():
             model = train(name, seed, recipe, steps, crops, out)

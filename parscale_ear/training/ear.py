@@ -32,6 +32,7 @@ import torch
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.data.latents import LatentDataset
+from parscale_ear.device import exact_fp32
 from parscale_ear.generator.ear import DEFAULT_DECODER, RECOMMENDED, EnergyAR
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.profiling.origin import origin
@@ -50,6 +51,7 @@ from parscale_ear.training.perceptual import FeatureLoss
 from parscale_ear.training.stream_worth import summarise
 
 log = logging.getLogger(__name__)
+REFINED = ("latent_refinements", "refined_by")  # what a header says of refined latents
 
 
 def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
@@ -94,7 +96,9 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             f"got {recipe.picture_known}"
         )
     with claim.taken():
-        facts = {"latents": len(training), "validation_latents": len(validation)}
+        facts = {
+            "latents": len(training), "validation_latents": len(validation), **refined(recipe.latents)
+        }  # fmt: skip
         for stage in recipe.stages():
             if (out / f"{stage}.safetensors").exists():
                 continue
@@ -104,6 +108,8 @@ def train_ear(recipe: EARRecipe, out: Path, *, resume: bool = False) -> bool:
             elif stage.startswith("streams"):
                 model = EnergyAR.load(_generator(recipe, out)).train(recipe.train_backbone)
                 model.requires_grad_(recipe.train_backbone)
+                if recipe.train_backbone:
+                    model.recommended = dict(RECOMMENDED)  # as in _fresh
             model = model.to(world.device).attach(autoencoder)
             task = _task(stage, model, training, validation, recipe, out / stage, world)
             if not _run(stage, task, recipe, out, resume, world, facts):
@@ -122,10 +128,10 @@ def load_latents(
 
     Raises:
         TrainingError: there are no classes, or others than the names given; or latents were refined
-            more often in one folder than in the other.
+            otherwise in one folder than in the other.
         CheckpointError: they cannot be read, or are of another latent space.
     """
-    training, classes, refined = _read(recipe.latents, fingerprint)
+    training, classes = _read(recipe.latents, fingerprint)
     names = recipe.class_names or classes
     if len(names) != len(classes):
         raise TrainingError(
@@ -136,11 +142,14 @@ def load_latents(
         few = classes[int(counts.argmin())]
         raise TrainingError(f"{recipe.latents}: class {few} has fewer than two latents")
     if recipe.validation is not None:
-        validation, found, alike = _read(recipe.validation, fingerprint)
-        if alike != refined:
+        validation, found = _read(recipe.validation, fingerprint)
+        ours, theirs = refined(recipe.latents), refined(recipe.validation)
+        if ours != theirs:
+            times = [int(told.get("latent_refinements", 0)) for told in (theirs, ours)]
+            how = "" if times[0] != times[1] else ", by another autoencoder"
             raise TrainingError(
-                f"{recipe.validation}: latents refined {alike} times, those of {recipe.latents} {refined} "
-                "times; encode both alike"
+                f"{recipe.validation}: latents refined {times[0]} times, those of {recipe.latents} "
+                f"{times[1]} times{how}; encode both alike"
             )
         if found != classes:
             raise TrainingError(f"{recipe.validation}: other classes than {recipe.latents}")
@@ -157,8 +166,19 @@ def load_latents(
     return parts[0], parts[1], names
 
 
-def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...], int]:
-    """A folder's latents, its classes, and how often the latents were refined."""
+def refined(folder: str) -> dict[str, Any]:
+    """How a folder's latents were refined, for a header; empty where they were not.
+
+    Returns:
+        ``latent_refinements``, how often, and ``refined_by``, a digest of the autoencoder.
+    """
+    job = LatentDataset(folder).index["job"]
+    count = int(job.get("refinements", 0))
+    return {"latent_refinements": count, "refined_by": job.get("weights")} if count else {}
+
+
+def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...]]:
+    """A folder's latents and its classes."""
     data = LatentDataset(folder, fingerprint=fingerprint)
     if not data.classes or not len(data):
         raise TrainingError(
@@ -179,8 +199,7 @@ def _read(folder: str, fingerprint: str) -> tuple[LatentStore, tuple[str, ...], 
     latents = torch.stack(sides, dim=1).float()  # (N, 1 or 2, Z, S, S), however they are stored
     if latents.shape[3] != latents.shape[4]:
         raise TrainingError(f"{folder}: latents must be square, got {tuple(latents.shape[3:])}")
-    refinements = int(data.index["job"].get("refinements", 0))
-    return LatentStore(latents, labels), tuple(data.classes), refinements
+    return LatentStore(latents, labels), tuple(data.classes)
 
 
 def _fresh(
@@ -200,6 +219,7 @@ def _fresh(
         model.latent_fingerprint = fingerprint
         return model
     model = EnergyAR.load(recipe.start)
+    told = checkpoint.load(recipe.start)[1].get("training") or {}
     has, asked = asdict(model.config), asdict(config)
     others = [
         f"{name} is {has[name]}, not {asked[name]}" for name in has if has[name] != asked[name]
@@ -209,15 +229,20 @@ def _fresh(
             f"{recipe.start}: another model than the one to train ({'; '.join(others)}); give the "
             "options that say so"
         )
-    if model.latent_fingerprint != fingerprint:
+    ours = refined(recipe.latents)
+    other = "of another autoencoder" if model.latent_fingerprint != fingerprint else ""
+    if not other and {k: told[k] for k in REFINED if k in told} != ours:
+        other = "that were refined otherwise"
+    if other:
         if recipe.stages()[0].startswith("streams"):
             raise TrainingError(
-                f"{recipe.start}: trained on latents of another autoencoder; train the generator on these "
+                f"{recipe.start}: trained on latents {other}; train the generator on these "
                 "first, by minutes or picture_minutes"
             )
         log.warning(
-            "%s was trained on latents of another autoencoder, and keeps normalising by their statistics",
+            "%s was trained on latents %s, and keeps normalising by their statistics",
             recipe.start,
+            other,
         )
         model.latent_fingerprint = fingerprint
     model.recommended = dict(RECOMMENDED)  # the old ones were chosen for the old weights
@@ -309,7 +334,8 @@ def compare_streams(
     scores = []
     for count in counts:
         model, streams = load_streamed(recipe, out, count, world.device)
-        scores.append(picture_scores(model, validation, streams).numpy())
+        with exact_fp32(), torch.autocast(world.device.type, enabled=False):
+            scores.append(picture_scores(model, validation, streams).numpy())
     return {
         "counts": counts,
         "pictures": len(validation),
@@ -326,5 +352,6 @@ def compare_streams(
         "seed": recipe.seed,
         **origin(world.device, "float32"),
         "trained_in": computed_in(recipe.precision, world.device),
+        **refined(recipe.latents),
         **summarise(counts, np.stack(scores), recipe.seed),
     }

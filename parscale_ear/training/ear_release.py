@@ -37,11 +37,13 @@ from parscale_ear.metrics.generation import (
     quantiles,
     share,
 )
+from parscale_ear.places import check_folder
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.judging import (
     IMAGENET,
     INTERVALS,
     JUDGED_SEED,
+    NO_REFINED,
     Drawn,
     Judge,
     Real,
@@ -160,9 +162,15 @@ def release(
         CheckpointError: the weights are missing, damaged or foreign.
         ImageError: no pictures, or of other classes.
         FeatureError: Lite1's packages are missing.
-        ValueError: the generator has other classes than ten, or the card lacks its marks.
+        UsageError: nothing can be written to ``out`` or ``evidence``.
+        ValueError: the generator has other classes than ten or was trained on refined latents, or the
+            card lacks its marks.
     """
     header = checkpoint.load(weights, kind="EnergyAR")[1]
+    if (header.get("training") or {}).get("latent_refinements"):
+        raise ValueError(f"{weights}: {NO_REFINED}")
+    for folder in (out, evidence):
+        check_folder(folder)
     decoder = _decoder_digest()
     card = (out / CARD).read_text(encoding="utf-8")
     with_figures(card, None)  # fails now rather than at the end

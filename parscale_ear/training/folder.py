@@ -176,6 +176,8 @@ def split_pictures(
     training = find_images(images)
     if validation:
         named = find_images(validation)
+        if both := {ref.name for ref in training} & {ref.name for ref in named}:
+            log.warning("%d of the validation pictures are trained on, too", len(both))
         return training, named[:: -(-len(named) // most_validated)]
     every = max(10, -(-len(training) // held_out))
     seen: set[str] = set()  # classes; pictures may also be of none

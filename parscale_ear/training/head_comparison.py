@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from parscale_ear.profiling.origin import origin
 from parscale_ear.training import judging
 from parscale_ear.training.control_heads import DiffusionHead, GaussianHead, SquaredErrorHead
 from parscale_ear.training.distributed import OneProcess
-from parscale_ear.training.ear import load_latents
+from parscale_ear.training.ear import load_latents, refined
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.ear_tasks import EARTask, LatentStore, PicturesTask
 from parscale_ear.training.folder import Claim
 from parscale_ear.training.judging import (
+    NO_REFINED,
     Judge,
     Real,
     choose,
@@ -54,6 +55,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "gaussian": GaussianHead,
     "diffusion": DiffusionHead,
 }
+ALIKE = ("device", "threads", "dtype", "torch", "trained_in")  # in all heads' origins
 PICTURE_CLASSES = 2  # a step of the training on pictures
 
 
@@ -128,6 +130,32 @@ def _validation(folder: Path) -> list[list[float]]:
     return [[line["minutes"], line["validation_energy_score"]] for line in lines.values()]
 
 
+def _origin(recipe: EARRecipe, device: torch.device) -> dict[str, Any]:
+    """Where a head is trained and judged, and in what."""
+    return {**origin(device, "float32"), "trained_in": computed_in(recipe.precision, device)}
+
+
+def _finished(out: Path) -> dict[str, dict[str, Any]]:
+    """Figures of all heads that are finished."""
+    paths = {kind: out / f"{kind}.json" for kind in HEADS}
+    return {
+        kind: json.loads(path.read_text(encoding="utf-8"))
+        for kind, path in paths.items()
+        if path.exists()
+    }
+
+
+def _check_alike(finished: Mapping[str, Any], here: Mapping[str, Any], out: Path) -> None:
+    """Heads are trained by minutes, so what they are trained on decides how far they come."""
+    for kind, row in finished.items():
+        then = row["origin"]
+        if changed := [f"{k} {then[k]}, not {here[k]}" for k in ALIKE if then[k] != here[k]]:
+            raise TrainingError(
+                f"{out}: the {kind} head was trained with {'; '.join(changed)}; train the others so, "
+                "too, or name a new folder"
+            )
+
+
 def compare(
     recipe: EARRecipe, heads: Sequence[str], training_paths: Sequence[str],
     validation_paths: Sequence[str], out: Path,
@@ -138,7 +166,8 @@ def compare(
         What is known of all heads that are finished in ``out``.
 
     Raises:
-        TrainingError: ``out`` holds a comparison by another recipe, or a signal stopped this one.
+        TrainingError: ``out`` holds a comparison by another recipe or heads of another machine, the
+            latents were refined, or a signal stopped this one.
         CheckpointError: the latents cannot be used.
         ImageError: no pictures, or of other classes.
         FeatureError: Lite1's packages are missing.
@@ -147,7 +176,13 @@ def compare(
     pictures = {"training": list(training_paths), "validation_pictures": list(validation_paths)}
     decoder = checkpoint.digest(autoencoder.decoder.state_dict())
     # Heads that other calls finished stand beside these: all by one release.
-    Claim(recipe, out, resume=True, decoder=decoder, release=__version__, **pictures).write()
+    claim = Claim(recipe, out, resume=True, decoder=decoder, release=__version__, **pictures)
+    if refined(recipe.latents):
+        raise TrainingError(f"{recipe.latents}: {NO_REFINED}")
+    device = torch.device(recipe.device)
+    if any(kind not in _finished(out) for kind in heads):
+        _check_alike(_finished(out), _origin(recipe, device), out)
+    claim.write()
     latents, validation, classes = load_latents(recipe, autoencoder.latent_fingerprint())
     judge = Judge()
     real: tuple[Real, Gaussian] | None = None
@@ -170,17 +205,14 @@ def compare(
             if "pictures" in runs
             else 0.0,
             **measure(kind, model, judge, *real, out),
+            "origin": _origin(recipe, device),
         }
         checkpoint.write_text(path, json.dumps(figures, indent=1) + "\n")
-    device = torch.device(recipe.device)
-    done = {kind: out / f"{kind}.json" for kind in HEADS if (out / f"{kind}.json").exists()}
+    done = _finished(out)
+    origins = [done[kind].pop("origin") for kind in done]
     return {
         "heads": {
-            kind: {
-                **json.loads(path.read_text(encoding="utf-8")),
-                "validation": _validation(out / kind),
-            }
-            for kind, path in done.items()
+            kind: {**row, "validation": _validation(out / kind)} for kind, row in done.items()
         },
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
@@ -194,8 +226,7 @@ def compare(
         "seed": recipe.seed,
         "decoder_sha256": decoder,
         "data": [Path(path).name for path in (*training_paths, *validation_paths)],
-        **origin(device, "float32"),
-        "trained_in": computed_in(recipe.precision, device),
+        **max(origins, key=lambda told: str(told["date"])),
     }
 
 

@@ -36,6 +36,10 @@ TEMPERATURES = (1.0, 0.9, 0.8)
 TRIED, JUDGED = 500, 2000  # pictures of every setting, and of the chosen one
 TRIED_SEED, JUDGED_SEED = 1, 2
 BATCH = 50
+NO_REFINED = (
+    "trained on refined latents, and real pictures are judged as they are restored without that; "
+    "train on latents that were not refined"
+)
 INTERVALS = "jackknife"  # how intervals of distances are made, for a report
 # Imagenette's classes by folder name, and their numbers among ImageNet's.
 IMAGENET = {

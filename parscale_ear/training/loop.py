@@ -275,6 +275,7 @@ class Run:
                     self._log_step(figures)
                 if progress.seconds - validated >= 60 * config.validate_minutes:
                     validated = progress.seconds
+                    self._check(figures)
                     if self.first:
                         began = time.monotonic()
                         self._log(self.task.validate(self.average, progress.step))

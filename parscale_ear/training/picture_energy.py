@@ -210,7 +210,7 @@ class PictureScore(nn.Module):
         """Real pictures of ``SMALL`` pixels a side, flat: (N, D)."""
         (found,) = self._share(
             len(latents),
-            lambda _, rows: [_small(self.pictures(latents[rows].to(self.device)).clamp(-1, 1))],
+            lambda _, rows: [_small(self.pictures(latents[rows].to(self.device)))],
         )
         return found
 

@@ -30,6 +30,7 @@ from parscale_ear.data.images import find_images, from_uint8, load_squares, to_g
 from parscale_ear.metrics.features import FeatureChoice, FeatureExtractor, load_extractor
 from parscale_ear.metrics.frechet import frechet_distance
 from parscale_ear.metrics.reconstruction import cell_pattern, chroma, similarities
+from parscale_ear.places import check_folder
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 from parscale_ear.training.recipe import SHARP_KEEPS, named_release
@@ -139,6 +140,7 @@ def release(
         ValueError: the models do not share one latent space or what is stored once, or the card
             lacks its marks.
     """
+    check_folder(out)
     pictures = load_squares(find_images(validation))
     card = (out / CARD).read_text(encoding="utf-8")
     with_figures(card, {})  # fails now rather than half-way

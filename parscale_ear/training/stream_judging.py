@@ -25,12 +25,14 @@ from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.device import resolve_device
 from parscale_ear.generator.ear import DEFAULT_DECODER
 from parscale_ear.metrics.frechet import Gaussian, clustered_jackknife
+from parscale_ear.places import check_folder
 from parscale_ear.profiling.origin import origin
 from parscale_ear.training.ear import load_streamed
 from parscale_ear.training.ear_recipe import EARRecipe
 from parscale_ear.training.folder import BESIDE, RECIPE_FILE
 from parscale_ear.training.judging import (
     INTERVALS,
+    NO_REFINED,
     Judge,
     choose,
     judge_drawn,
@@ -47,7 +49,8 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
     """Recipe and scores of a finished training of streams.
 
     Raises:
-        TrainingError: there is no such run in the folder, or it is not finished.
+        TrainingError: there is no such run in the folder, it is not finished, or its generators
+            cannot be judged.
     """
     for name in (RECIPE_FILE, SCORES_FILE):
         if not (run / name).exists():
@@ -62,7 +65,15 @@ def read_run(run: Path) -> tuple[EARRecipe, dict[str, Any]]:
         recipe = EARRecipe(**told)
     except TypeError as error:
         raise TrainingError(f"{run / RECIPE_FILE}: not of an EnergyAR's training") from error
-    return recipe, json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+    scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+    if scores.get("latent_refinements"):
+        raise TrainingError(f"{run}: {NO_REFINED}")
+    if recipe.train_backbone and 1 not in scores["counts"]:
+        raise TrainingError(
+            f"{run}: guidance and temperature are chosen for one stream, and no backbone was trained "
+            "with one; train with --streams 1, too"
+        )
+    return recipe, scores
 
 
 def judge_streams(
@@ -91,6 +102,7 @@ def judge_streams(
         FeatureError: Lite1's packages are missing.
     """
     recipe, scores = read_run(run)
+    check_folder(run)
     autoencoder = ParScaleEAR.from_pretrained(
         decoder=DEFAULT_DECODER, dtype=torch.float32, device=device
     )

@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+from parscale_ear.places import check_output
 from parscale_ear.verbs.common import (
     Verbs,
     add_device,
     add_processes,
     add_refinements,
     add_weights,
-    check_output,
     positive,
     weights_of,
 )

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parscale_ear.verbs.common import Verbs, add_device, check_output, positive, seed_number
+from parscale_ear.places import check_output
+from parscale_ear.verbs.common import Verbs, add_device, positive, seed_number
 
 if TYPE_CHECKING:
     import torch

@@ -8,13 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+from parscale_ear.places import check_folder
 from parscale_ear.verbs.common import (
     Verbs,
     add_device,
     add_processes,
     add_refinements,
     add_weights,
-    check_folder,
     positive,
     weights_of,
 )

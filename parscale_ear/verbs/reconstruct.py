@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from parscale_ear.places import check_folder
 from parscale_ear.verbs.common import (
     Verbs,
     add_device,
     add_refinements,
     add_weights,
-    check_folder,
     weights_of,
 )
 
@@ -53,15 +53,18 @@ def _run(arguments: argparse.Namespace) -> int:
     names = pictures.output_names(refs)
     endings = (".png", "_compare.png") if arguments.compare else (".png",)
     results = [(arguments.out / f"{name}{end}").resolve() for name in names for end in endings]
-    if not {ref.path.resolve() for ref in refs}.isdisjoint(results):
+    # Beside the pictures given, what is called like a result may be another original.
+    beside = any(ref.path.parent.resolve() == arguments.out.resolve() for ref in refs)
+    taken = {ref.path.resolve() for ref in refs}
+    if not taken.isdisjoint(results) or (beside and any(path.exists() for path in results)):
         raise UsageError(f"--out {arguments.out} would overwrite the pictures; name another folder")
     if len(set(results)) < len(results):
         raise UsageError("a picture is called like another's comparison; leave out --compare")
     model = ParScaleEAR.from_pretrained(
         weights_of(arguments), device=device, dtype=DTYPES[arguments.dtype]
     )
-    rows: list[tuple[str, float]] = []
-    failed = 0
+    values: list[float] = []
+    failed, width = 0, max(map(len, (*names, "mean")))
     bar = tqdm(list(zip(refs, names, strict=True)), unit="picture")
     for ref, name in bar:
         try:
@@ -78,11 +81,13 @@ def _run(arguments: argparse.Namespace) -> int:
             pair = torch.cat((original, torch.ones(3, original.shape[1], 8), restored), dim=2)
             pictures.save_png(pair, arguments.out / f"{name}_compare.png")
         pair_of_8_bits = (pictures.to_uint8(x)[None] for x in (restored, original))
-        rows.append((name, float(psnr(*pair_of_8_bits)[0])))
-    width = max([len(name) for name, _ in rows] + [4])
-    for name, value in rows:
-        print(f"{name:<{width}}  {value:6.2f} dB")
-    if rows:
-        mean = sum(min(value, HIGHEST_PSNR) for _, value in rows) / len(rows)
-        print(f"{'mean':<{width}}  {mean:6.2f} dB PSNR over {len(rows)} pictures → {arguments.out}")
+        values.append(float(psnr(*pair_of_8_bits)[0]))
+        bar.write(
+            f"{name:<{width}}  {values[-1]:6.2f} dB", file=sys.stdout
+        )  # now: a later one may fail
+    if values:
+        mean = sum(min(value, HIGHEST_PSNR) for value in values) / len(values)
+        print(
+            f"{'mean':<{width}}  {mean:6.2f} dB PSNR over {len(values)} pictures → {arguments.out}"
+        )
     return 2 if failed else 0

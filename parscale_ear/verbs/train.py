@@ -10,7 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from parscale_ear.verbs.common import STOPPED, Verbs, add_device, check_folder, import_torch
+from parscale_ear.places import check_folder
+from parscale_ear.verbs.common import STOPPED, Verbs, add_device, import_torch
 
 PICTURES = "files, folders, tars, or hf:DATASET[:SPLIT]"
 LABELLED = "folders of class folders, tars, or hf:DATASET[:SPLIT]"

@@ -212,7 +212,7 @@ class TestReports:
             assert report["device_type"] == "cpu"
             assert report["torch"] == torch.__version__
             assert report["packages"]["numpy"] == np.__version__
-            assert set(report["packages"].values()) - {"none"}
+            assert "none" not in report["packages"].values()  # all of them are installed for tests
 
     def test_a_skipped_target_says_why(self, reports: dict[str, dict[str, Any]]) -> None:
         skipped = [
@@ -404,10 +404,13 @@ class TestTargets:
         def evidence(high: float) -> dict[str, Any]:
             row = {"clean": {"minus_hybrid": {"value": -1.0, "low": -2.0, "high": high}}}
             variants = dict.fromkeys(_evidence.VERDICTS, row)
-            return {"variants": variants, "seeds": [0, 1], "steps": 10}
+            told = {"seeds": [0, 1], "steps": 10, "version": "0.7", "ssim_weight": 0.1}
+            return {"variants": variants, **told}
 
         assert {t.status for t in _evidence.training_targets(evidence(-0.1))} == {"PASS"}
         assert {t.status for t in _evidence.training_targets(evidence(0.1))} == {"MISSED"}
+        why = "10 steps by release 0.7, SSIM's weight in the loss 0.1"
+        assert all(why in target.why for target in _evidence.training_targets(evidence(0.1)))
         assert {t.status for t in _evidence.training_targets(None)} == {"SKIPPED"}
 
     def test_latency_without_a_gpu_is_skipped_not_passed(self) -> None:
@@ -508,6 +511,9 @@ class TestWrongUse:
         [
             ("CI_NUM_RUNS=abc", "CI_NUM_RUNS: expected a whole number"),
             ("CI_GENERATION_SAMPLES=0", "CI_GENERATION_SAMPLES: expected a whole number"),
+            ("CI_GENERATION_SAMPLES=19", "CI_GENERATION_SAMPLES: at least 20 are needed"),
+            ("CI_FID_SAMPLES=3", "CI_FID_SAMPLES: at least 4 are needed"),
+            ("REF_DIR=ci", "ci: no picture in it"),
             ("CI_FEATURES=x", "CI_FEATURES must be one of auto,"),
             ("REF_DIR=nowhere", "nowhere: no such file"),
             ("--device gpu", "--device gpu: unknown"),

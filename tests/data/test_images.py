@@ -115,10 +115,9 @@ def test_a_line_of_pixels_does_not_become_a_wall(monkeypatch: pytest.MonkeyPatch
     assert made == [256 * 256]
 
 
-def test_from_8_bits_leaves_its_argument_alone() -> None:
-    given = torch.tensor([0.0, 255.0])
-    assert images.from_uint8(given).tolist() == [-1.0, 1.0]
-    assert given.tolist() == [0.0, 255.0]
+def test_from_8_bits() -> None:
+    found = images.from_uint8(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    torch.testing.assert_close(found, torch.tensor([-1.0, -0.6, 1.0]))
 
 
 def test_to_8_bits_what_is_out_of_range_becomes_black_or_white() -> None:
@@ -282,6 +281,43 @@ class TestFinding:
             ImageRef(tmp_path / "cut.png").load()
         with pytest.raises(ImageError, match=r"text\.png: not a readable picture"):
             ImageRef(tmp_path / "text.png").load()
+
+    @pytest.mark.parametrize(
+        ("name", "options"), [("a.png", {}), ("a.tif", {"compression": "tiff_adobe_deflate"})]
+    )
+    def test_pictures_that_are_damaged_within(
+        self, tmp_path: Path, name: str, options: dict[str, str]
+    ) -> None:
+        """Pillow hands the part that it decoded out as the whole when it is asked once more."""
+        noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / name, **options)
+        content = bytearray((tmp_path / name).read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 4000] = bytes(4000)
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match="damaged"):
+            ImageRef(tmp_path / name).load()
+
+    def test_an_archive_that_cannot_be_read_is_passed_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gradient(20, 20).save(tmp_path / "a.png")
+        (tmp_path / "b.tar").write_bytes(b"")
+
+        def closed(*_: object) -> object:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(images.tarfile, "open", closed)
+        monkeypatch.setattr(images.tarfile, "is_tarfile", closed)
+        assert [ref.stem for ref in find_images(tmp_path)] == ["a"]
+        assert "b.tar" in caplog.text
+        assert "Permission denied" in caplog.text
+        assert [ref.stem for ref in find_images([tmp_path / "a.png"])] == ["a"]
+
+
+def test_eight_bits_are_what_they_are_taken_for() -> None:
+    with pytest.raises(ValueError, match=r"8-bit pictures .* got torch.float32"):
+        images.from_uint8(torch.zeros(3, 4, 4))
 
 
 def test_webdataset_shards_with_classes(tmp_path: Path) -> None:

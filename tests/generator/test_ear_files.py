@@ -55,6 +55,24 @@ def test_weights_are_loaded_for_use_in_the_dtype_asked_for(
     assert {p.dtype for p in loaded.parameters()} == {dtype or torch.float32}
     for name, statistics in model.pyramid.named_buffers():
         assert torch.equal(loaded.pyramid.get_buffer(name), statistics)  # not rounded to FP16
+    assert loaded.fingerprint() == model.fingerprint()  # so streams of the one fit the other
+    with torch.no_grad():
+        next(loaded.parameters()).mul_(2)
+    assert loaded.fingerprint() != model.fingerprint()
+
+
+def test_what_is_of_another_kind_is_named(model: EnergyAR, tmp_path: Path) -> None:
+    path = model.save_pretrained(tmp_path / "ear.safetensors")
+    with pytest.raises(ValueError, match=r"dtype must be a torch.dtype.*'fp16'"):
+        EnergyAR.from_pretrained(path, dtype="fp16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype must be a torch.dtype.*'fp16'"):
+        ParScaleEAR.from_pretrained(dtype="fp16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a ParScaleEAR, got str"):
+        EnergyAR.from_pretrained(path, autoencoder="sharp")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a ParScaleEAR, got NoneType"):
+        model.attach(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a class name is text, got 3"):
+        model.label(3)  # type: ignore[arg-type]
 
 
 def test_weights_are_in_fp32_whatever_the_default_is(tmp_path: Path) -> None:

@@ -163,7 +163,6 @@ def test_weights_that_draw_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--checkpoint", "none.safetensors"], "no such weight file"),
         (["--out", "folder.png"], "folder.png is a folder; name a file"),
         (["--out", "file/grid.png"], "nothing can be written in"),
-        (["--mode", "aggregate", "--streams", "2"], "--streams-weights"),
         (["--class=--5"], "knows its classes by number only"),
     ],
 )

@@ -39,6 +39,16 @@ def test_statistics_on_disk_give_the_distance_of_the_pictures(
     assert (found.extractor, found.classes, found.facts) == ("judge", (3, 7), {"pictures": 60})
 
 
+def test_any_root_of_a_covariance_is_kept(features: np.ndarray, tmp_path: Path) -> None:
+    law = Gaussian.fit(features)
+    turned = np.linalg.qr(np.random.default_rng(2).standard_normal((12, 12)))[0] @ law.root
+    path = FeatureStatistics(Gaussian(law.mean, turned), "judge", ()).save(
+        tmp_path / "s.safetensors"
+    )
+    far = frechet_distance(features, np.random.default_rng(1).standard_normal((40, 12)))
+    assert FeatureStatistics.load(path).law.distance(law) < 1e-4 * far
+
+
 @pytest.mark.parametrize("count", [12, 13])
 def test_as_many_pictures_as_features_will_do(count: int, tmp_path: Path) -> None:
     few = np.random.default_rng(0).standard_normal((count, 12))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.training import comparison
@@ -81,8 +82,9 @@ def test_intervals_are_paired() -> None:
 
 @pytest.mark.slow
 def test_from_pictures_to_figures(
-    folder_of_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    folder_of_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     options = ["--images", str(folder_of_pictures), "--validation", str(folder_of_pictures)]
     options += ["--steps", "2", "--batch", "1", "--crop", "32", "--precision", "fp32"]
     options += ["--out", str(tmp_path / "out")]
@@ -96,3 +98,14 @@ def test_from_pictures_to_figures(
         assert "at least two seeds are needed, all different" in capsys.readouterr().err
     assert comparison.main([*options, "--steps", "3"]) == 2
     assert "another steps" in capsys.readouterr().err
+    monkeypatch.setattr(comparison, "__version__", "99.0")
+    assert comparison.main(options) == 2
+    assert "another release" in capsys.readouterr().err
+    monkeypatch.undo()
+    more = folder_of_pictures / "one_more.png"
+    try:
+        Image.new("RGB", (64, 64)).save(more)
+        assert comparison.main(options) == 2
+        assert "another pictures" in capsys.readouterr().err
+    finally:
+        more.unlink()

@@ -305,7 +305,23 @@ def test_weights_that_cannot_be_judged_are_refused(
     path = two.save_pretrained(tmp_path / "two.safetensors")
     assert ear_release.main([str(path), *told]) == 2
     assert "the generator has 2 classes" in capsys.readouterr().err
+    header = {"latent_refinements": 1}
+    refined = model.save_pretrained(tmp_path / "refined.safetensors", training=header)
+    assert ear_release.main([str(refined), *told]) == 2
+    assert "trained on refined latents" in capsys.readouterr().err
     assert not (tmp_path / "ear.safetensors").exists()
+
+
+def test_a_place_for_evidence_is_looked_at_before_the_work(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "ear.md").write_text(f"{ear_release.BEGIN}\n{ear_release.END}")
+    monkeypatch.delattr(ear_release, "load_real")
+    told = [str(trained), "--training", str(pictures), "--validation", str(pictures)]
+    there = str(tmp_path / "ear.md")
+    assert ear_release.main([*told, "--out", str(tmp_path), "--evidence", there]) == 2
+    assert "ear.md is a file; name a folder" in capsys.readouterr().err
 
 
 def test_heads_share_the_trunk_and_differ_in_the_head(recipe: EARRecipe) -> None:
@@ -332,6 +348,7 @@ def test_a_comparison_goes_on_and_gathers_all_heads(
     found = compare(*head_comparison.HEADS)["heads"]
     assert list(found) == list(head_comparison.HEADS)
     assert (tmp_path / "out" / "gaussian.json").stat().st_mtime_ns == written
+    assert not any("origin" in row for row in found.values())
     for row in found.values():
         assert row["steps"] == 3
         assert row["distance"]["low"] <= row["distance"]["value"] <= row["distance"]["high"]
@@ -345,6 +362,15 @@ def test_a_comparison_goes_on_and_gathers_all_heads(
     other = [str(pictures / next(iter(IMAGENET)))]
     with pytest.raises(TrainingError, match="another validation_pictures"):
         head_comparison.compare(recipe, ("gaussian",), paths, other, tmp_path / "out")
+    where = tmp_path / "out" / "gaussian.json"
+    stored = json.loads(where.read_text())
+    origin = {**stored["origin"], "threads": 77, "date": "2999"}
+    where.write_text(json.dumps({**stored, "origin": origin}))
+    gathered = compare(*head_comparison.HEADS)  # of what is finished it says what those say
+    assert (gathered["threads"], gathered["date"]) == (77, "2999")
+    (tmp_path / "out" / "energy.json").unlink()
+    with pytest.raises(TrainingError, match="gaussian head was trained with threads 77, not"):
+        compare("energy")
     monkeypatch.setattr(head_comparison, "__version__", "99.0")
     with pytest.raises(TrainingError, match="another release"):
         compare("gaussian")
@@ -391,6 +417,13 @@ def test_streams_are_judged_by_what_they_draw_together(
     result = json.loads((run / "streams_judged.json").read_text())
     scores = json.loads((run / "streams.json").read_text())
     assert {key: result[key] for key in scores} == scores
+    for wrong, message in (
+        ({"counts": [2, 4]}, "--streams 1, too"),
+        ({"latent_refinements": 1}, "trained on refined latents"),
+    ):
+        (run / "streams.json").write_text(json.dumps({**scores, **wrong}))
+        assert stream_judging.main([*words, "--device", "cpu"]) == 2
+        assert message in capsys.readouterr().err
     model, streams = load_streamed(asked, run, 2, torch.device("cpu"))
     autoencoder = ParScaleEAR.from_pretrained(decoder=DEFAULT_DECODER, dtype=torch.float32)
     model.attach(autoencoder).eval()

@@ -77,9 +77,27 @@ def test_what_streams_are_worth_is_measured_in_fp32_however_they_were_trained(
     recipe: EARRecipe, trained: Path
 ) -> None:
     store = load_latents(recipe, ParScaleEAR.from_pretrained().latent_fingerprint())[1]
-    asked = replace(recipe, precision="bf16")
-    result = compare_streams(asked, trained, store, OneProcess(torch.device("cpu")))
+    asked, world = replace(recipe, precision="bf16"), OneProcess(torch.device("cpu"))
+    expected = compare_streams(recipe, trained, store, world)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = compare_streams(asked, trained, store, world)
     assert (result["dtype"], result["trained_in"]) == ("float32", "bfloat16 autocast")
+    assert result["each"] == expected["each"]
+
+
+def test_settings_that_were_chosen_for_other_weights_are_not_recommended(
+    recipe: EARRecipe, trained: Path, tmp_path: Path
+) -> None:
+    start = EnergyAR.load(trained / "ear.safetensors")
+    start.recommended = {"guidance": 0.5, "temperature": 0.7}
+    path = str(start.save_pretrained(tmp_path / "start.safetensors"))
+    asked = replace(
+        recipe, start=path, minutes=0, steps=None, picture_steps=0, streams=(1,), stream_steps=1,
+        train_backbone=True,
+    )  # fmt: skip
+    assert asked.stages() == ("streams1",)
+    assert train_ear(asked, tmp_path / "run")
+    assert EnergyAR.load(tmp_path / "run" / "ear1.safetensors").recommended == RECOMMENDED
 
 
 def test_the_critic_takes_part_where_it_has_weight(
@@ -365,6 +383,36 @@ def test_latents_are_measured_on_others_that_were_refined_alike(
         load_latents(replace(recipe, validation=str(refined)), fingerprint)
     both = replace(recipe, latents=str(refined), validation=str(refined))
     assert len(load_latents(both, fingerprint)[0]) == 12
+    otherwise = tmp_path / "otherwise"
+    assert main(["encode", str(pictures), str(otherwise), *asked, "--decoder", "sharp"]) == 0
+    with pytest.raises(
+        TrainingError, match=r"1 times, those of .* 1 times, by another autoencoder"
+    ):
+        load_latents(replace(both, validation=str(otherwise)), fingerprint)
+
+
+def test_weights_say_that_their_latents_were_refined(
+    recipe: EARRecipe, trained: Path, pictures: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder, start = str(tmp_path / "refined"), str(trained / "ear.safetensors")
+    asked = ["--side", "32", "--mirror", "--refinements", "1"]
+    assert main(["encode", str(pictures), folder, *asked]) == 0
+    one = replace(
+        recipe, latents=folder, validation=folder, start=start, steps=1, streams=(), picture_steps=0
+    )
+    assert train_ear(one, tmp_path / "run")
+    assert "was trained on latents that were refined otherwise" in caplog.text
+    weights = tmp_path / "run" / "ear.safetensors"
+    told = checkpoint.load(weights)[1]["training"]
+    digest = checkpoint.digest(ParScaleEAR.from_pretrained().state_dict())
+    assert (told["latent_refinements"], told["refined_by"]) == (1, digest)
+    caplog.clear()
+    assert train_ear(replace(one, start=str(weights)), tmp_path / "on")
+    assert "refined otherwise" not in caplog.text
+    alone = replace(one, minutes=0, steps=None, streams=(1,))
+    with pytest.raises(TrainingError, match="latents that were refined otherwise; train the"):
+        train_ear(alone, tmp_path / "alone")
 
 
 def test_bad_latents(recipe: EARRecipe, latents: Path, tmp_path: Path) -> None:

@@ -214,6 +214,11 @@ def test_the_only_picture_of_a_class_is_not_held_out(
     assert {ref.label for ref in training} == {f"{number:02d}" for number in range(21)}
     assert [(ref.label, ref.relative) for ref in held] == [("19", "19/1.png")]
     assert not caplog.text
+    assert len(split_pictures([str(tmp_path)], [str(tmp_path / "19")])[1]) == 3
+    assert "3 of the validation pictures are trained on, too" in caplog.text
+    caplog.clear()
+    split_pictures([str(tmp_path / "18")], [str(tmp_path / "19")])
+    assert not caplog.text
     few, same = split_pictures([str(source)], [])
     assert "too few pictures to hold some out (1)" in caplog.text
     assert [ref.name for ref in few] == [ref.name for ref in same]

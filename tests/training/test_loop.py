@@ -206,6 +206,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
         assert not (tmp_path / str(steps) / CHECKPOINT_FILE).exists()
 
 
+def test_weights_that_are_no_numbers_are_not_validated(tmp_path: Path) -> None:
+    class Broken(Toy):
+        validated = 0
+
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, figures = super().loss(step)
+            return loss * float("nan"), figures
+
+        def validate(self, model: nn.Module, step: int) -> dict[str, float]:
+            self.validated += 1
+            return super().validate(model, step)
+
+    task = Broken()
+    loop = LoopConfig(steps=9, validate_minutes=1e-9, log_steps=50)
+    with pytest.raises(DivergedError, match="became nan"):
+        Run(task, loop, tmp_path / "run").train()
+    assert task.validated == 0
+
+
 def test_fp16_whose_steps_are_all_left_out_stops_the_run(tmp_path: Path) -> None:
     """A loss that is finite and a gradient that is not: the scaler would skip every step."""
 

@@ -101,9 +101,12 @@ def test_real_and_drawn_pictures_are_seen_alike(precision: Precision, latents: T
     with torch.no_grad(), autocast_for(precision, torch.device("cpu")):
         generator = torch.Generator().manual_seed(SEEN_SEED)
         _, parts = score(score.look(latents, 0, generator), LABELS, generator)
-    rows = [score.real[label][0][-1] for label in (0, 1)]
-    expected = torch.stack([ensemble_score(part, part) for part in rows]).mean()
-    torch.testing.assert_close(parts["last"], expected, atol=1e-5, rtol=1e-3)
+    for name, rows in (
+        ("last", [score.real[label][0][-1] for label in (0, 1)]),
+        ("small", [score.small[label] for label in (0, 1)]),
+    ):
+        expected = torch.stack([ensemble_score(part, part) for part in rows]).mean()
+        torch.testing.assert_close(parts[name], expected, atol=1e-5, rtol=1e-3)
 
 
 def test_two_ends_of_one_beginning_are_scored_against_its_own_end(

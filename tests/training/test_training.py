@@ -107,6 +107,9 @@ def test_running_statistics_find_mean_and_deviation(
         task._update_statistics((raw - tiny.latent_mean) / tiny.latent_std)
     torch.testing.assert_close(tiny.latent_mean / deviation, mean / deviation, atol=0.05, rtol=0)
     torch.testing.assert_close(tiny.latent_std / deviation, torch.ones(4, 1, 1), atol=0.05, rtol=0)
+    before = tiny.latent_mean, tiny.latent_std
+    task._update_statistics(torch.full((8, 4, 4, 4), float("inf")))  # FP16 that overflowed
+    assert (tiny.latent_mean, tiny.latent_std) == before
 
 
 def test_latent_noise_has_the_strength_asked_for(
@@ -468,6 +471,11 @@ def test_one_stage_alone_goes_on_from_given_weights(
         ("vae", 3), ("hybrid", 1), ("sharp", 4),
     ]  # fmt: skip
     assert history[-1]["loss_weights"] == asked
+    kept = start.read_bytes()
+    ParScaleEAR.from_pretrained(second / "sharp.safetensors").save_pretrained(start)
+    with pytest.raises(TrainingError, match="another start_weights"):
+        train_autoencoder(alone, second, resume=True)
+    start.write_bytes(kept)
     missing = replace(alone, start=str(tmp_path / "none.safetensors"))
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
         train_autoencoder(missing, tmp_path / "third")
