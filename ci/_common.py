@@ -38,6 +38,8 @@ from parscale_ear.metrics.generation import shipped_statistics
 from parscale_ear.places import check_output
 from parscale_ear.profiling.origin import device_name as device_name
 from parscale_ear.profiling.origin import origin
+from parscale_ear.verbs.common import positive as positive_int
+from parscale_ear.verbs.common import seed_number
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, MISSED, WRONG = 0, 1, 2  # exit codes
@@ -128,13 +130,13 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
     _began.update(_digests())
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--seed", type=seed_number, default=0)
     result.add_argument("--output", type=_output, default=str(Path("results") / output))
     result.add_argument(
         "--quick",
         action="store_true",
         help="fewer samples, and no verdict where those are too few: timings, streams' memory, what the "
-        "hybrid gains, the sharp decoder's distance; nor on what is on record",
+        "hybrid gains, which of its branches are used, the sharp decoder's distance; nor on what is on record",
     )
     return result
 
@@ -180,17 +182,6 @@ def _output(text: str) -> Path:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return path
-
-
-def positive_int(text: str) -> int:
-    """An integer above 0, for argparse."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return value
 
 
 def check_run(device: str) -> int:
@@ -340,7 +331,11 @@ def finish(
         "targets": [dataclasses.asdict(target) for target in targets],
     }
     report = _without_nan(report)
-    print(f"\n{milestone} {title}: {report['verdict']}  ({fields['device']}, {fields['dtype']})")
+    skipped_ones = sum(target.status == "SKIPPED" for target in targets)
+    beside = f", {skipped_ones} SKIPPED" if skipped_ones and report["verdict"] != "SKIPPED" else ""
+    print(
+        f"\n{milestone} {title}: {report['verdict']}{beside}  ({fields['device']}, {fields['dtype']})"
+    )
     table(
         ("target", "value", "limit", "status", ""),
         [(t.name, number(t.value), t.limit, t.status, t.why) for t in targets],

@@ -216,7 +216,8 @@ def _head_target(
         high = ours["high"] - theirs["low"]
         why = (
             f"one seed: {ci.interval(ours, 1, sign='')} and {ci.interval(theirs, 1, sign='')}, "
-            f"intervals over pictures, by release {both[0]['version']} and its decoder"
+            "intervals over pictures only (trainings differ by more than that); the value is the upper end of "
+            f"ours less the lower end of theirs; by release {both[0]['version']} and its decoder"
         )
     else:
         found = head_difference(evidence, kind)

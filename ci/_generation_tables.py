@@ -30,16 +30,16 @@ def judged_note(judged: Mapping[str, Any]) -> str:
     return (
         "Judged by EfficientNet-Lite1, which takes no part in any training here (a larger sibling of Lite0, "
         "which does, trained on the same classes: not an unrelated judge); the class is the "
-        "likeliest of the ten. Guidance and temperature were chosen by the same judge, from its "
-        "distance to the training pictures and its classes: without guidance, at temperature 1, "
+        "likeliest of the ten. Guidance and temperature are those of the least distance to the training "
+        "pictures, by the same judge. Without guidance, at temperature 1, "
         f"{plain:.1%} of the pictures were put into their own class. What was tried on the way to "
         "this recipe was compared on the validation pictures by other networks, trials of "
-        "its last two parts, and decoders, by this one (docs/experiments.md). The distance of real "
+        "its last three parts, and decoders, by this one (docs/experiments.md). The distance of real "
         "pictures is that of training pictures that the autoencoder restored, whose sharp decoder "
         "was trained on them, too; as many as were drawn: it falls with their number, so only "
         f"distances of equally many compare. The drawn pictures' interval: "
-        f"{_evidence.interval_method(judged)}, those drawn alone. Data: {', '.join(judged['data'])}. On record, by release "
-        f"{judged['version']}: {told(judged)}."
+        f"{_evidence.interval_method(judged)}, those drawn alone; those of shares are Wilson's. Data: "
+        f"{', '.join(judged['data'])}. On record: {told(judged)}."
     )
 
 
@@ -150,21 +150,30 @@ def head_text(evidence: Sequence[Mapping[str, Any]]) -> str:
         for kind in ("squared-error", "gaussian", "diffusion")
         if (found := _evidence.head_difference(evidence, kind)) is not None
     ]
+    weighing = ""
+    if "diffusion" in first["heads"] and not row.get("picture_minutes") and _before_018(first):
+        weighing = (
+            "The diffusion head has one error for the three bands of a token, and this release counted it "
+            "once: its first token, of one band, weighed 1/22 of the loss instead of 1/64. "
+        )
     each = "; ".join(
         f"seed {run['seed']}: "
         + ", ".join(f"{kind} {_curve(row)}" for kind, row in run["heads"].items())
         for run in evidence
     )
-    origins = "; ".join(
-        f"seed {run['seed']} by release {run['version']}: {told(run)}" for run in evidence
-    )
+    origins = "; ".join(f"seed {run['seed']}: {told(run)}" for run in evidence)
     return (
         f"The same trunk from the same fresh weights, {length} each, batches of {first['batch']}; guidance and temperature chosen for "
         f"each on the training pictures; {first['pictures']:,} pictures through the sharp decoder of "
         f"the release named, {first['distance_name']} to the validation pictures, its interval by "
-        f"{_evidence.interval_method(first)}. One learning rate for all. {''.join(differences)}Own loss on the validation "
+        f"{_evidence.interval_method(first)}, those of shares are Wilson's. One learning rate for all. "
+        f"{weighing}{''.join(differences)}Own loss on the validation "
         f"latents after so many minutes on tokens: {each}. On record, {origins}; judged in float32."
     )
+
+
+def _before_018(run: Mapping[str, Any]) -> bool:
+    return tuple(map(int, run["version"].split(".")[:2])) < (0, 18)
 
 
 def _curve(row: Mapping[str, Any]) -> str:
@@ -183,11 +192,11 @@ def generation_notes(figures: Mapping[str, Any]) -> list[str]:
         f"EnergyAR, {parameters['total']:,} parameters ({parameters['head']:,} in the head), "
         f"{figures['side']}×{figures['side']}, guidance {settings['guidance']:g}, temperature "
         f"{settings['temperature']:g}: {figures['passes']} passes a picture, "
-        f"{1000 * figures['picture_s']:.1f} ms a picture in batches, "
+        f"{1000 * figures['picture_s']:.1f} ms a picture in batches of {figures['batch_size']}, "
         f"{1000 * figures['single_picture_s']:.0f} ms alone (median of "
         f"{figures['single_picture_calls']} calls).",
         f"A token costs {1e6 * heads['energy_token_s']:.1f} µs in the energy head and "
-        f"{1e6 * heads['diffusion_token_s']:.1f} µs in a diffusion head of the same width in 32 "
-        f"steps ({ci.number(heads['diffusion_token_s'] / heads['energy_token_s'])} times as much), "
-        "timed in turn.",
+        f"{1e6 * heads['diffusion_token_s']:.1f} µs in a diffusion head of the same width in "
+        f"{heads['diffusion_steps']} steps ({ci.number(heads['diffusion_token_s'] / heads['energy_token_s'])} times as much), "
+        f"timed in turn over {heads['rounds']} rounds of {heads['tokens']} tokens.",
     ]

@@ -13,7 +13,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def told(report: Mapping[str, Any], samples: str = "") -> str:
-    """Hardware, dtype, sample count, version of torch and date; of a run's report its release, too.
+    """Hardware, dtype, sample count, release, version of torch and date.
 
     Evidence of early releases does not say all of it; what is not known is left out.
     """
@@ -24,7 +24,7 @@ def told(report: Mapping[str, Any], samples: str = "") -> str:
         report.get("dtype"),
         f"trained in {report['trained_in']}" if "trained_in" in report else None,
         samples,
-        f"release {report['version']}" if "milestone" in report else None,
+        f"release {report['version']}" if "version" in report else None,
         f"torch {report['torch']}" if "torch" in report else None,
         report.get("date", "")[:10],
     )

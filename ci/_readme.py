@@ -14,6 +14,7 @@ import torch
 
 from ci import _common as ci
 from ci import _evidence, _stream_tables
+from ci._distances import interval_note
 from ci._figures import drawn_sample, restored_sample
 from ci._figures_page import all_figures
 from ci._markdown import markdown, told
@@ -34,7 +35,8 @@ PICTURE_FOLDER = ci.ROOT / "docs" / "pictures"
 GLOSSARY = (
     "The eager twin is a plain implementation of the same VAR, FP32 weights under autocast in the dtype that is timed; t(P) the time of "
     "P streams; tokens, a generation without its decoder; the roof, what the hardware did at its best in the same "
-    "run; trained alike, by the same recipe and as long."
+    "run; trained alike, by the same recipe, the hybrid's variants for as many steps, the heads for as many minutes. "
+    "Brackets hold 95 % intervals, over scenes, pictures or trainings; docs/figures.md says which and how."
 )
 BEGIN, END = "<!-- figures: written by ci/report.py -->", "<!-- /figures -->"
 
@@ -128,11 +130,12 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
             )
             + f", {fid['figures']['distance_name']} {-nearer['value']:.0%} [{-nearer['high']:.0%}, "
             f"{-nearer['low']:.0%}] below the faithful one's",
-            f"{crops}; on wheels' crops the sharp decoder's recipe was tried, too",
+            f"{crops}; {interval_note(reference)}; these crops were also looked at while the sharp decoder's "
+            "recipe was chosen",
         ),
         (
             "latency",
-            f"{single['mean_ms_per_image']:.1f} ms an image, P99 {single['p99_ms_per_image']:.1f}; "
+            f"{single['mean_ms_per_image']:.1f} ms an image (mean), P99 {single['p99_ms_per_image']:.1f}; "
             f"{single['fraction_of_compute_roof']:.0%} of what the hardware can do",
             told(
                 latency,
@@ -173,7 +176,8 @@ def _glance(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
         (
             "a drawn picture",
             f"{figures['passes']} passes, {1000 * figures['single_picture_s']:.0f} ms alone "
-            f"(median of {figures['single_picture_calls']} calls), {1000 * figures['picture_s']:.1f} ms in batches",
+            f"(median of {figures['single_picture_calls']} calls), {1000 * figures['picture_s']:.1f} ms in batches of "
+            f"{figures['batch_size']}",
             told(
                 generation, f"{figures['side']}×{figures['side']}, {figures['pictures']} pictures"
             ),

@@ -92,7 +92,9 @@ def trained_note(figures: Mapping[str, Any]) -> str:
     return (
         f"{trained['model']}, trained, {trained['side']}×{trained['side']}, guidance "
         f"{trained['settings']['guidance']:g}, FP32: P pictures of one label in one pass, with their "
-        f"decoding; diversity over all {trained['classes']} classes. At "
+        f"decoding; diversity over all {trained['classes']} classes: the mean distance of two pictures of a "
+        f"label in features of {figures['features']}, of no unit, to be compared within one network alone; "
+        "pixel cosine: of their pixels, centred at grey. At "
         f"P = {most} by guidance: {guided}."
     )
 
@@ -109,8 +111,8 @@ def stream_notes(figures: Mapping[str, Any]) -> list[str]:
     return [
         *([f"{figures['model']}: {figures['note']}."] if figures["note"] else []),
         f"P calls of one stream, one after the other, in the same run: {calls}; the eager twin's "
-        f"tokens: {figures['twin_tokens_s']:.2f} s in the rounds of all cases; in {figures['twin_rounds']} "
-        f"rounds of it and one stream, those among them, {figures['twin_ratio']:.2f} times as long (median).",
+        f"tokens: {figures['twin_tokens_s']:.2f} s in the rounds of all cases; over {figures['twin_rounds']} "
+        f"rounds of it and one stream, these among them, it took {figures['twin_ratio']:.2f} times as long (median).",
         f"Roof: the least time for the tokens at {roof['flops_per_s'] / 1e9:.0f} GFLOP/s and "
         f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, measured in this run. The H100 column is computed "
         f"from the same FLOPs and bytes with {h100['flops_per_s'] / 1e12:.0f} TFLOP/s and "
@@ -252,7 +254,7 @@ def ear_worth_text(evidence: Mapping[str, Any], report: Mapping[str, Any] | None
         f"and judged by {evidence['judge']}. Slope a doubling of the streams: energy score "
         f"{ci.interval(evidence['slope_per_doubling'], 4)}, {evidence['distance_name']} "
         f"{ci.interval(evidence['distance_slope_per_doubling'], 1)}. Intervals: 95 %, "
-        f"of the scores a bootstrap over pictures, of distances: {_evidence.interval_method(evidence)}. On record, by release {evidence['version']}: {', '.join(evidence['data'])}; "
+        f"of the scores a bootstrap over pictures, of distances: {_evidence.interval_method(evidence)}. On record: {', '.join(evidence['data'])}; "
         f"{told(evidence)}.{cost} {_ear_verdict(evidence, figures)}"
     )
 
@@ -266,7 +268,7 @@ def _ear_verdict(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None)
         elif row["low"] > 0:
             word = "higher"
         else:
-            return f"{name} is the same within its interval"
+            return f"{name} cannot be told from one stream's"
         return f"{name} is {word} by {abs(row['value']):.{digits}f}"
 
     most = evidence["counts"][-1]
@@ -280,7 +282,10 @@ def _ear_verdict(evidence: Mapping[str, Any], figures: Mapping[str, Any] | None)
     if most not in costs or 1 not in costs:
         return f"{found}; what it costs was not measured in this run."
     time, memory = (costs[most][key] / costs[1][key] for key in ("median_s", "cache_bytes"))
-    return f"{found}; a picture takes {time:.1f} times the time and {memory:.1f} times the cache."
+    return (
+        f"{found} (one training each; the intervals are over pictures); a picture takes {time:.1f} times "
+        f"the time and {memory:.1f} times the cache."
+    )
 
 
 def _inception_line(figures: Mapping[str, Any]) -> str:

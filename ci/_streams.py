@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ci import _common as ci
-from parscale_ear.checkpoint import tensor_bytes
+from parscale_ear.checkpoint import resolve, tensor_bytes
 from parscale_ear.data.images import to_uint8
 from parscale_ear.generator.attention import spare_pages
 from parscale_ear.generator.ear import EnergyAR
@@ -64,7 +64,7 @@ class Source:
             return f"random, depth {self.depth}, seed {seed}"
         sha = hashlib.sha256()
         for name in self.files:
-            with open(name, "rb") as file:
+            with open(resolve(name), "rb") as file:
                 while block := file.read(2**24):
                     sha.update(block)
         return sha.hexdigest()

@@ -126,8 +126,8 @@ def training_text(evidence: Mapping[str, Any]) -> str:
         f"{', '.join(evidence['images'])}, {len(evidence['seeds'])} seeds. PSNR in dB on "
         f"{evidence['pictures']} pictures of {', '.join(evidence['validation'])} in float32, also from "
         "latents with noise and from quantised latents. In brackets: the difference to the hybrid and "
-        "its interval, paired, over pictures and seeds, meant for 95 %; in simulations the formula held in "
-        "92 % (docs/experiments.md). Short trainings: they rank, they do not show the end. On record: "
+        "its interval, paired, over pictures and seeds, meant for 95 %; by an older formula than the "
+        "command's, which held in 92 % of simulations (docs/experiments.md). Short trainings: they rank, they do not show the end. On record: "
         f"{told(evidence)}."
     )
 

@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reference": dict(statistics.facts),
         "passes": passes,
         "picture_s": seconds / count,
+        "batch_size": BATCH,
         "single_picture_calls": SINGLE_CALLS,
         "single_picture_s": _single(model, settings, arguments.seed),
         "same_again": bool(torch.equal(again, pictures[: len(again)])),
@@ -170,7 +171,8 @@ def _heads(model: EnergyAR, rounds: int) -> dict[str, float]:
                 times[name].append(time.perf_counter() - start)
             advance()
     tokens = HEAD_TOKENS[0] * HEAD_TOKENS[1]
-    return {f"{name}_token_s": float(np.median(t[1:])) / tokens for name, t in times.items()}
+    seconds = {f"{name}_token_s": float(np.median(t[1:])) / tokens for name, t in times.items()}
+    return {**seconds, "tokens": tokens, "rounds": rounds, "diffusion_steps": DIFFUSION_STEPS}
 
 
 def _targets(figures: Mapping[str, Any], *, quick: bool) -> list[ci.Target]:

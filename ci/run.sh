@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole validation in order: sanity, latency, FID, ablation, verdict, report.
+# The whole validation in order: sanity, latency, quality, ablation, streams, generation, verdict, report.
 # A failing step does not hide the later ones; the exit code tells: 0 all passed, 1 a target was
 # missed, 2 wrong use or missing data.
 set -uo pipefail
@@ -9,13 +9,14 @@ usage() {
   cat <<'END'
 Usage: bash ci/run.sh [--quick] [--device auto|cpu|cuda]
 
-Validates the shipped autoencoder (M2-1 sanity, M2-2 latency, M2-3 FID, M3-1 ablation),
+Validates the shipped autoencoder (M2-1 sanity, M2-2 latency, M2-3 quality, M3-1 ablation),
 the parallel streams of VAR (M2-4) and the shipped generator (M3-2), and writes
 results/*.json and results/report.html. Sets up .venv first if it is not there.
 
   --quick   the same chain with fewer samples, and no verdict where those are too few:
-            timings, streams' memory, what the hybrid gains, the sharp decoder's distance;
-            nor on what is on record (the model card, trainings that are compared)
+            timings, streams' memory, what the hybrid gains, which of its branches are used,
+            the sharp decoder's distance; nor on what is on record (the model card, trainings
+            that are compared)
 
 Environment: CI_NUM_RUNS (timed runs a batch size), CI_FID_SAMPLES (pictures),
 CI_STREAM_RUNS (timed rounds of the streams), CI_GENERATION_SAMPLES (drawn pictures),

@@ -143,9 +143,9 @@ def follows(target: ci.Target) -> bool:
         sign, value, limit = found[1], target.value, _float(found[2])
     else:
         return False
-    if abs(value - limit) <= ROUNDED * abs(limit):
+    if limit and abs(value - limit) <= ROUNDED * abs(limit):
         return True
-    met = value > limit if sign == "≥" else value < limit
+    met = value >= limit if sign == "≥" else value <= limit if sign == "≤" else value < limit
     return target.status == ("PASS" if met else "MISSED")
 
 
@@ -188,6 +188,13 @@ def _ratio_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was not measured as a full run does: ``fid: num_samples 14 of 280``."""
+    try:
+        return _unlike_full(reports)
+    except (KeyError, TypeError, AttributeError):
+        return ["settings or figures that are not whole"]
+
+
+def _unlike_full(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     found = [f"{name}: missing" for name in REPORTS if name not in reports]
     runs = {report.get("run") for report in reports.values()}
     if len(runs) > 1 or None in runs:
@@ -312,6 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "problems": problems,
         "other_than_a_full_run": unlike,
         "milestones": {REPORTS[name]: report["verdict"] for name, report in reports.items()},
+        "skipped": {
+            REPORTS[name]: sum(target.status == "SKIPPED" for target in _targets(report))
+            for name, report in reports.items()
+        },
     }
     checkpoint.write_text(output, json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.17.0"
+__version__ = "0.18.0"
 
 __all__ = [
     "VAR",
     "CheckpointError",
     "EARConfig",
     "EnergyAR",
+    "HybridConfig",
     "LatentDataset",
+    "LiteVAEConfig",
     "ParScaleEAR",
     "ParScaleEARConfig",
     "ParallelStreams",
@@ -22,6 +24,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from parscale_ear.autoencoder.config import ParScaleEARConfig
+    from parscale_ear.autoencoder.hybrid import HybridConfig
+    from parscale_ear.autoencoder.litevae import LiteVAEConfig
     from parscale_ear.autoencoder.model import ParScaleEAR
     from parscale_ear.checkpoint import CheckpointError
     from parscale_ear.data.latents import LatentDataset
@@ -35,8 +39,10 @@ _HOMES = {
     "CheckpointError": "parscale_ear.checkpoint",
     "EARConfig": "parscale_ear.generator.ear_config",
     "EnergyAR": "parscale_ear.generator.ear",
-    "ParScaleEAR": "parscale_ear.autoencoder.model",
+    "HybridConfig": "parscale_ear.autoencoder.hybrid",
     "LatentDataset": "parscale_ear.data.latents",
+    "LiteVAEConfig": "parscale_ear.autoencoder.litevae",
+    "ParScaleEAR": "parscale_ear.autoencoder.model",
     "ParScaleEARConfig": "parscale_ear.autoencoder.config",
     "ParallelStreams": "parscale_ear.generator.streams",
     "VAR": "parscale_ear.generator.var",
@@ -54,3 +60,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """All public names, also those that were not used yet."""
+    return sorted({*globals(), *__all__})

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parscale_ear.device import check_dtype
+
 FORMAT = 1
 RESERVED = {
     "format",
@@ -89,15 +91,14 @@ def digest(tensors: Mapping[str, Tensor], *facts: Any) -> str:
 
 
 def check_stored_dtype(dtype: torch.dtype | None) -> None:
-    """What weights can be stored in.
+    """Looks whether weights can be stored in a dtype, and computed in.
 
     Raises:
-        ValueError: a dtype that is not of floating-point numbers of 16 bits or more.
+        ValueError: it is no dtype, or not of floating-point numbers of 16 bits or more.
     """
+    check_dtype(dtype)
     if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
-        raise ValueError(
-            f"dtype must be torch.float16, bfloat16, float32 or float64 to store weights, got {dtype}"
-        )
+        raise ValueError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype}")
 
 
 def save(
@@ -141,6 +142,12 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return path / WEIGHTS_FILE if path.is_dir() else path
 
 
+def target(path: str | os.PathLike[str]) -> Path:
+    """The weight file that :func:`save_model` writes: the one named, or one in the folder named."""
+    path = Path(path)
+    return path / WEIGHTS_FILE if path.suffix != ".safetensors" or path.is_dir() else path
+
+
 def save_model(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -169,9 +176,7 @@ def save_model(
     """
     if taken := (RESERVED | own.keys()) & facts.keys():
         raise ValueError(f"facts must have other names than {', '.join(sorted(taken))}")
-    path = Path(path)
-    if path.suffix != ".safetensors" or path.is_dir():
-        path = path / WEIGHTS_FILE
+    path = target(path)
     save(path, tensors, kind=kind, config=config, **own, **facts)
     return path
 

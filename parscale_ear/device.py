@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -44,45 +44,43 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Within it FP32 on CUDA is FP32.
+    """Within it FP32 is FP32.
 
     PyTorch lets cuDNN's convolutions round to TF32 otherwise, and matrix products where it was told to
     (``torch.set_float32_matmul_precision``; on some CPUs those are then in BF16). The settings are the
     whole process's, so threads that enter and leave it in turn disturb each other.
     """
-    try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # Told by ``fp32_precision``, of PyTorch 2.9, with which the older settings do not mix.
-        with _exact_by_place():
-            yield
-        return
-    convolutions = torch.backends.cudnn.allow_tf32
-    products = torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
-@contextmanager
-def _exact_by_place() -> Iterator[None]:
     backends: Any = torch.backends  # its stubs do not know all of these
-    parts = [
-        *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-        *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
-    ]
-    before = [part.fp32_precision for part in parts]
-    for part in parts:
-        part.fp32_precision = "ieee"
+    before: dict[
+        Any, str
+    ] = {}  # place of ``fp32_precision``, which PyTorch has from 2.9 on → setting
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        cuda = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        cpu = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+        for above, places in ((backends.cudnn, cuda), (backends.mkldnn, cpu)):
+            for place in places:  # what a place inherits reads as if it were its own
+                own = place.fp32_precision != above.fp32_precision
+                before[place] = place.fp32_precision if own else "none"
+    # The older settings, too: where they can be read, CUDA's products look whether both agree. What a
+    # program said by place alone cannot be read in the older way.
+    products = convolutions = None
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    with suppress(RuntimeError):
+        convolutions = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+    for place in before:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for part, precision in zip(parts, before, strict=True):
-            part.fp32_precision = precision
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        for place, precision in before.items():
+            place.fp32_precision = precision
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from parscale_ear.checks import check_whole
 from parscale_ear.device import out_of_memory
 
 Progress = Callable[[int], object]  # called with the number of things done since the last call
@@ -43,8 +44,8 @@ def worker_devices(device: torch.device, processes: int | None) -> list[str]:
     Raises:
         ValueError: ``processes`` is below 1.
     """
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes is not None:
+        check_whole(1, processes=processes)
     if device.type == "cuda" and device.index is None:
         gpus = torch.cuda.device_count()
         return [f"cuda:{k % gpus}" for k in range(processes or gpus)]

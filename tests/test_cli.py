@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,27 @@ class TestReconstruct:
         words = [str(photo), str(tmp_path / "second.png"), "--out", str(tmp_path / "out")]
         assert main(["reconstruct", *words]) == 2
         assert "inf dB" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("tile", [None, 64])
+    def test_a_picture_too_large_for_the_memory_does_not_stop_the_others(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch, tile: int | None,
+    ) -> None:  # fmt: skip
+        whole = reconstruct.reconstruct_image
+
+        def too_large(model: Any, picture: torch.Tensor, **options: Any) -> torch.Tensor:
+            if picture.shape[-1] == 640:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return whole(model, picture, **options)
+
+        monkeypatch.setattr(reconstruct, "reconstruct_image", too_large)
+        Image.new("RGB", (640, 32)).save(tmp_path / "a.png")
+        Image.new("RGB", (64, 32)).save(tmp_path / "b.png")
+        words = [*(str(tmp_path / f"{name}.png") for name in "ab"), "--out", str(tmp_path / "out")]
+        assert main(["reconstruct", *words, *(["--tile", str(tile)] if tile else [])]) == 2
+        said = f"a.png: out of memory; try a smaller --tile than {tile or 'the whole picture'}"
+        assert said in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.png"]
 
     def test_a_damaged_picture_does_not_stop_the_others(
         self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -356,6 +378,43 @@ class TestLatents:
         assert line["images_per_s"] > 0
         assert main(["decode", latents, str(out), "--decoder", "sharp", "--device", "cpu"]) == 0
         assert Image.open(out / "chelsea.png").size == (64, 64)
+
+    def test_several_archives_are_encoded_together(
+        self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shards = [tmp_path / f"{number}.tar" for number in range(2)]
+        for shard in shards:
+            with tarfile.open(shard, "w") as archive:
+                archive.add(photo, "a.png")
+        out = str(tmp_path / "out")
+        assert main(["encode", *map(str, shards), out, "--side", "64", "--device", "cpu"]) == 0
+        line = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (line["pictures"], line["complete"]) == (2, True)
+
+    def test_what_is_left_to_other_jobs_is_told(
+        self,
+        folder_of_pictures: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        command = ["encode", str(folder_of_pictures), str(tmp_path / "out"), "--side", "64"]
+        command += ["--shard", "1", "--device", "cpu"]
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        assert main(command) == 0
+        captured = capsys.readouterr()
+        assert "is not finished yet" in captured.err
+        assert not json.loads(captured.out.splitlines()[-1])["complete"]
+        monkeypatch.setenv("RANK", "one")
+        assert main(command) == 2
+        assert "RANK=one: expected a whole number" in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "")
+        monkeypatch.setenv("RANK", "")
+        assert main(command) == 0
+        captured = capsys.readouterr()
+        assert "not finished" not in captured.err
+        assert json.loads(captured.out.splitlines()[-1])["complete"]
 
     def test_damage_is_told_and_counted(
         self, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -55,25 +55,47 @@ NEWER_SETTINGS = """
 import torch
 from parscale_ear.device import exact_fp32
 
-parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
-parts[0].fp32_precision, parts[2].fp32_precision = "tf32", "bf16"
-before = [part.fp32_precision for part in parts]
+def precisions():
+    places = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
+    return [place.fp32_precision for place in places]
+
+b = torch.backends
+{setting}
+before = precisions()
 with exact_fp32():
-    print([part.fp32_precision for part in parts])
-print([part.fp32_precision for part in parts] == before)
+    print(*set(precisions()))
+print(precisions() == before)
+if b.fp32_precision == "tf32":  # what follows it still does
+    b.fp32_precision = "ieee"
+    print([*precisions()[:1], *precisions()[3:]] == ["ieee"] * 4)
+else:
+    print(True)
 """
 
 
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="of PyTorch 2.9 and later"
 )
-def test_fp32_is_exact_where_a_program_has_made_the_newer_settings() -> None:
-    """In a process of its own, as PyTorch refuses the older ones from then on."""
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "",
+        "torch.set_float32_matmul_precision('medium')",
+        "b.cuda.matmul.fp32_precision = b.mkldnn.matmul.fp32_precision = 'tf32'",
+        "b.cudnn.conv.fp32_precision = 'ieee'",
+        "b.mkldnn.conv.fp32_precision = 'bf16'",
+        "b.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high'); b.cudnn.conv.fp32_precision = 'ieee'",
+    ],
+)
+def test_fp32_is_exact_whatever_a_program_has_set(setting: str) -> None:
+    """In a process of its own, as PyTorch refuses the older settings after newer ones."""
+    program = NEWER_SETTINGS.replace("{setting}", setting)
     done = subprocess.run(
-        [sys.executable, "-c", NEWER_SETTINGS], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["['ieee', 'ieee', 'ieee']", "True"]
+    assert done.stdout.splitlines() == ["ieee", "True", "True"]
 
 
 def test_other_settings_of_cudnn_stay(monkeypatch: pytest.MonkeyPatch) -> None:

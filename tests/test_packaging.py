@@ -189,3 +189,14 @@ def test_no_header_names_a_path_of_the_machine_that_made_it() -> None:
     for path in sorted((ROOT / "parscale_ear" / "weights").glob("*.safetensors")):
         header = checkpoint.load(path)[1]
         assert not re.search(r'"(/|[A-Za-z]:\\\\|~)[^"]*"', json.dumps(header)), path.name
+
+
+def test_public_names_can_be_looked_up() -> None:
+    """In a fresh process, where none was imported yet."""
+    program = (
+        "import parscale_ear as p; print(set(p.__all__) <= set(dir(p)), p.HybridConfig.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "HybridConfig"]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.reconstruct import reconstruct_pictures
+from parscale_ear.checks import check_whole
 from parscale_ear.data.images import ImageError, ImageRef
 from parscale_ear.data.reading import add_skipped, read_batches
 from parscale_ear.device import DTYPES, exact_fp32
@@ -34,7 +35,7 @@ class EvaluationOptions:
     batch: int = 8  # pictures at a time
     refinements: int = 0  # of the latents, as for ParScaleEAR.encode
     features: FeatureChoice = "auto"  # what the distance is measured in
-    inception_weights: Path | None = None  # pytorch-fid's file
+    inception_weights: str | Path | None = None  # pytorch-fid's file
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -42,13 +43,11 @@ class EvaluationOptions:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
+        check_whole(1, side=self.side, batch=self.batch)
+        check_whole(0, refinements=self.refinements)
         if self.side < STRIDE or self.side % STRIDE:
             raise ValueError(f"side must be a multiple of {STRIDE}, got {self.side}")
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-        if self.refinements < 0:
-            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
-        if self.dtype not in DTYPES:
+        if self.dtype not in ("fp32", "fp16", "bf16"):
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
 
 
@@ -81,10 +80,14 @@ def evaluate(
         next pictures are read beside it), ``pictures``, ``skipped`` (name → why).
 
     Raises:
+        CheckpointError: the weights cannot be used.
         ImageError: there are no pictures, or none can be read.
         FeatureError: the extractor cannot be had.
+        ValueError: ``refs`` are no ImageRefs, there are no devices, or what comes back is not finite.
         WorkerError: a process failed.
     """
+    if not all(isinstance(ref, ImageRef) for ref in refs):
+        raise ValueError("refs must be ImageRefs, such as find_images gives, not paths")
     if not refs:
         raise ImageError("there are no pictures to evaluate")
     if not devices:

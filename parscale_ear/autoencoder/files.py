@@ -9,7 +9,7 @@ what they share with it, and say so in their header::
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -79,6 +79,35 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             "files must come from one release"
         )
     return tensors | shared_tensors, header
+
+
+def check_shared(
+    path: str | os.PathLike[str], tensors: Collection[str], parts: tuple[str, ...], file: str
+) -> None:
+    """Looks whether a weight file at ``path`` can leave ``parts`` to ``file`` beside it.
+
+    Args:
+        path: of the weights.
+        tensors: names of all tensors.
+        parts: names of modules.
+        file: name of the other file.
+
+    Raises:
+        ValueError: it cannot; or only one of the two is given.
+    """
+    if bool(parts) != bool(file):
+        raise ValueError("shared_parts and shared_file go together; give both or neither")
+    if not parts:
+        return
+    if isinstance(parts, str):
+        raise ValueError(f"shared_parts must be several names, as a tuple, got {parts!r}")
+    for part in parts:
+        if not any(name.startswith(f"{part}.") for name in tensors):
+            raise ValueError(f"shared_parts names {part!r}, of which the model has no weights")
+    if Path(file).name != file or file == checkpoint.target(path).name:
+        raise ValueError(
+            f"shared_file must be the name of another file in the same folder, got {file!r}"
+        )
 
 
 def leave_out(

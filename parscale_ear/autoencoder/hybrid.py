@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parscale_ear.autoencoder.blocks import ResidualBlock, conv3x3, conv_flops
+from parscale_ear.checks import check_whole
 
 BRANCHES = frozenset({"coarse", "fine"})
 POOL = 4  # latent positions, each way, that one coarse position stands for
@@ -36,8 +37,7 @@ class HybridConfig:
             ValueError: a field is out of range; the message names it.
         """
         for name, least in (("latent_channels", 1), ("coarse_width", 0), ("fine_width", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            check_whole(least, **{name: getattr(self, name)})
 
 
 class CoarseBranch(nn.Module):

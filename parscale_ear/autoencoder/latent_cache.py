@@ -9,6 +9,7 @@ Shapes: B batch, Z latent channels, h w latent height and width.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from torch import Tensor
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.litevae import STRIDE
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checks import check_whole
 from parscale_ear.data import latents as store
 from parscale_ear.data.images import (
     ImageError,
@@ -54,13 +56,10 @@ class CacheOptions:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
+        check_whole(1, side=self.side, batch=self.batch, shard=self.shard)
+        check_whole(0, refinements=self.refinements)
         if self.side < STRIDE or self.side % STRIDE:
             raise ValueError(f"side must be a multiple of {STRIDE}, got {self.side}")
-        for name in ("batch", "shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.refinements < 0:
-            raise ValueError(f"refinements must be at least 0, got {self.refinements}")
         if self.dtype not in ("fp32", "fp16", "bf16"):
             raise ValueError(f"dtype must be fp32, fp16 or bf16, got {self.dtype!r}")
 
@@ -74,6 +73,7 @@ class CacheResult:
     skipped: dict[str, str]  # name → why
     seconds: float  # of this call
     reading: float  # fraction of the time that the model waited for pictures
+    complete: bool = True  # False: other jobs of ``world`` have shards left
 
     @property
     def bound_by(self) -> str:
@@ -112,10 +112,13 @@ def encode_folder(
     Raises:
         CheckpointError: ``out`` holds other latents, or the weights cannot be used.
         ImageError: there are no pictures, or none can be read.
-        ValueError: ``rank`` is out of range, or there are no devices.
+        ValueError: ``refs`` are no ImageRefs, ``rank`` is out of range, there are no devices, or
+            latents are not finite.
         WorkerError: a process failed.
     """
     out = Path(out)
+    if not all(isinstance(ref, ImageRef) for ref in refs):
+        raise ValueError("refs must be ImageRefs, such as find_images gives, not paths")
     if not 0 <= rank < world:
         raise ValueError(f"rank must be in [0, {world}), got {rank}")
     if not devices:
@@ -134,7 +137,7 @@ def encode_folder(
         job["weights"] = checkpoint.digest(model.state_dict())
     else:
         del job["refinements"]  # as in folders of 0.14 and before
-    with _claimed(out, job, classes):
+    with _claimed(out, job, classes, alone=world == 1):
         starts = range(0, len(refs), options.shard)
         missing: list[int] = []
         for number, start in enumerate(starts):
@@ -169,6 +172,7 @@ def encode_folder(
             pictures=index["count"],
             encoded=sum(r["encoded"] for r in results),
             skipped=index["skipped"],
+            complete=index["complete"],
             seconds=seconds,
             reading=waited / max(waited + busy, 1e-9),
         )
@@ -187,16 +191,17 @@ class _Share:
 
 
 @contextmanager
-def _claimed(out: Path, job: dict[str, Any], classes: list[str]) -> Iterator[None]:
+def _claimed(out: Path, job: dict[str, Any], classes: list[str], *, alone: bool) -> Iterator[None]:
     """Takes a new folder, or checks that the one there is of the same job.
 
-    A new one in which nothing was finished when it failed is free again, for other options, too.
+    A new one in which nothing was finished when it failed is free again, for other options, too;
+    not where other jobs may be at work in it.
     """
     fresh = _claim(out, job, classes)
     try:
         yield
     except BaseException:
-        if fresh:
+        if fresh and alone:
             _leave(out)
         raise
 
@@ -212,6 +217,12 @@ def _leave(out: Path) -> None:
 def _claim(out: Path, job: dict[str, Any], classes: list[str]) -> bool:
     """Whether the folder is new; one of another job is refused."""
     path = out / store.INDEX_FILE
+    try:
+        os.fspath(out).encode()
+    except UnicodeEncodeError as error:  # safetensors would not open what was written there
+        raise checkpoint.CheckpointError(
+            f"{os.fspath(out)!r}: not valid UTF-8; name another folder"
+        ) from error
     if out.exists() and not out.is_dir():
         raise checkpoint.CheckpointError(f"{out} is a file; name a folder")
     # Another job may be about to write the index; its unfinished file counts for nothing.

@@ -15,6 +15,7 @@ import torch
 
 from parscale_ear import checkpoint
 from parscale_ear.autoencoder.model import ParScaleEAR
+from parscale_ear.checks import check_whole
 from parscale_ear.data import latents as store
 from parscale_ear.data.images import Namer, save_png
 from parscale_ear.device import DTYPES, check_finite, exact_fp32
@@ -55,8 +56,7 @@ def decode_folder(
         WorkerError: a process failed.
     """
     folder, out = Path(folder), Path(out)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    check_whole(1, batch=batch)
     if dtype not in ("fp32", "fp16", "bf16"):
         raise ValueError(f"dtype must be fp32, fp16 or bf16, got {dtype!r}")
     if not devices:

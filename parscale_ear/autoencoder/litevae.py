@@ -27,6 +27,7 @@ from parscale_ear.autoencoder.blocks import (
     downsample,
 )
 from parscale_ear.autoencoder.wavelet import haar_dwt, haar_idwt
+from parscale_ear.checks import check_whole
 
 STRIDE = 16  # pixels a latent position stands for, each way
 PACKET_LEVELS = 2  # Haar levels between the pixels and the first (and last) convolution
@@ -51,8 +52,7 @@ class LiteVAEConfig:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        if self.latent_channels < 1:
-            raise ValueError(f"latent_channels must be at least 1, got {self.latent_channels}")
+        check_whole(1, latent_channels=self.latent_channels)
         for name, least in (
             ("encoder_widths", 1),
             ("encoder_blocks", 0),

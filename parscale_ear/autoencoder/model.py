@@ -21,6 +21,7 @@ from parscale_ear.autoencoder.config import ParScaleEARConfig
 from parscale_ear.autoencoder.files import (
     Decoder,
     Variant,
+    check_shared,
     leave_out,
     read,
     shipped_weights,
@@ -29,8 +30,8 @@ from parscale_ear.autoencoder.hybrid import BRANCHES, HybridLatent, check_branch
 from parscale_ear.autoencoder.litevae import STRIDE, LiteVAE
 from parscale_ear.autoencoder.posterior import LatentPosterior
 from parscale_ear.autoencoder.tiling import check_tile, run_tiled
+from parscale_ear.checks import check_whole
 from parscale_ear.data.images import pad_to_multiple
-from parscale_ear.device import check_dtype
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -102,8 +103,7 @@ class ParScaleEAR(LiteVAE):
             ValueError: rank, channels, size, refinements, tile, dtype or device are wrong, or a
                 value is not finite.
         """
-        if not isinstance(refinements, Integral) or refinements < 0:
-            raise ValueError(f"refinements must be an integer of at least 0, got {refinements!r}")
+        check_whole(0, refinements=refinements)
         if (
             pad
             and isinstance(images, Tensor)
@@ -325,8 +325,7 @@ class ParScaleEAR(LiteVAE):
         Raises:
             ValueError: a side is off the grid, or ``refinements`` below 0.
         """
-        if refinements < 0:
-            raise ValueError(f"refinements must be at least 0, got {refinements}")
+        check_whole(0, refinements=refinements)
         if height < STRIDE or width < STRIDE or height % STRIDE or width % STRIDE:
             raise ValueError(f"sides must be multiples of {STRIDE}, got {height} and {width}")
         count = super().flops(height, width)
@@ -341,14 +340,21 @@ class ParScaleEAR(LiteVAE):
 
         A generator trained on one latent space makes no sense in another; it stores this. The
         same for the model in FP32 and in FP16, as weights ship in FP16, and for one that
-        :meth:`from_pretrained` gave in BF16.
+        :meth:`from_pretrained` gave in BF16, or that was cast to it later.
         """
         found = self._latent_digest()
         return self._known_digests.get(found, found)
 
-    def _latent_digest(self) -> str:
+    def _latent_digest(self, *dtypes: torch.dtype) -> str:
+        """Of the weights as they are, or as they would be after casts to ``dtypes``."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            for dtype in dtypes:
+                tensor = tensor.to(dtype)
+            return tensor.half()
+
         tensors = {
-            name: tensor.half()
+            name: cast(tensor)
             for name, tensor in self.state_dict().items()
             if name.startswith(("encoder.", "latent_"))
         }
@@ -368,7 +374,8 @@ class ParScaleEAR(LiteVAE):
         Args:
             path: a ``.safetensors`` file, or a folder that gets a ``model.safetensors``.
             dtype: store the weights in this dtype instead of the model's own.
-            shared_parts: leave these out (``"encoder"``, ``"hybrid"``), as ``shared_file`` has
+            shared_parts: leave these out, modules by name (``"encoder"``, ``"hybrid"``,
+                ``"decoder.features4"`` ...), as ``shared_file`` has
                 the same: several decoders of one latent space then share one copy.
             shared_file: name of the file, in the same folder, that has them.
             facts: further JSON-serialisable header entries (recipe, figures ...).
@@ -378,16 +385,16 @@ class ParScaleEAR(LiteVAE):
 
         Raises:
             OSError: the file cannot be written; what was there stays.
-            ValueError: only one of ``shared_parts`` and ``shared_file`` is given, ``dtype`` is of
-                integers or of less than 16 bits, or a fact has a name that is taken.
+            ValueError: only one of ``shared_parts`` and ``shared_file`` is given, a part is none of the
+                model's, or ``shared_file`` is not the name of another file; ``dtype`` is of integers or of less than 16 bits,
+                or a fact has a name that is taken.
         """
         checkpoint.check_stored_dtype(dtype)
         tensors = {
             name: tensor if dtype is None else tensor.to(dtype)
             for name, tensor in self.state_dict().items()
         }
-        if bool(shared_parts) != bool(shared_file):
-            raise ValueError("shared_parts and shared_file go together; give both or neither")
+        check_shared(path, tensors, shared_parts, shared_file)
         own: dict[str, Any] = {"latent_fingerprint": self.latent_fingerprint()}
         if shared_parts:
             tensors, own["shared"] = leave_out(tensors, shared_parts, shared_file)
@@ -420,19 +427,19 @@ class ParScaleEAR(LiteVAE):
         Raises:
             CheckpointError: the file is missing, truncated, foreign or changed.
             ValueError: ``variant`` or ``decoder`` is unknown, or given beside a ``path``; or ``dtype``
-                is none of PyTorch's.
+                is not of floating-point numbers of 16 bits or more.
         """
         if path is not None and (decoder is not None or variant != "hybrid"):
             raise ValueError(
                 "variant and decoder name shipped weights; leave them out where a path is given"
             )
-        check_dtype(dtype)
+        checkpoint.check_stored_dtype(dtype)
         path = shipped_weights(variant, decoder) if path is None else checkpoint.resolve(path)
         tensors, header = read(path, cls.__name__)
         try:
-            model = cls(
-                ParScaleEARConfig.from_dict(header["config"])
-            ).float()  # whatever the default is
+            config = ParScaleEARConfig.from_dict(header["config"])
+            with torch.random.fork_rng(devices=()):  # fresh weights are thrown away: no draw counts
+                model = cls(config).float()  # whatever the default is
             model.load_state_dict(tensors)
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -442,8 +449,13 @@ class ParScaleEAR(LiteVAE):
             dtype = torch.float16 if device.type == "cuda" else torch.float32
         # The header's: weights stored in BF16 are rounded, and are of the same latents all the same.
         fingerprint = header.get("latent_fingerprint") or model.latent_fingerprint()
+        # BF16 rounds the weights, now or later, in one step or by FP16.
+        rounded = (
+            model._latent_digest(torch.bfloat16),
+            model._latent_digest(torch.float16, torch.bfloat16),
+        )
         model = model.to(device, dtype).eval()
-        model._known_digests = {model._latent_digest(): fingerprint}  # BF16 rounds the weights
+        model._known_digests = dict.fromkeys((*rounded, model._latent_digest()), fingerprint)
         return model
 
 

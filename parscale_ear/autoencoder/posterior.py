@@ -33,7 +33,12 @@ class LatentPosterior:
         Args:
             generator: source of randomness. One on the CPU works with a model on any device and
                 then gives the same noise everywhere.
+
+        Raises:
+            TypeError: ``generator`` is neither a generator nor None.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(
             self.mean.shape, generator=generator, device=device, dtype=torch.float32

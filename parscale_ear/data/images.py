@@ -24,10 +24,14 @@ from torch import Tensor
 from parscale_ear.checkpoint import atomic_path
 
 log = logging.getLogger(__name__)
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
-# Files in folders that may hold pictures too: they are passed over, with a warning.
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf"}
+)
+# Files in folders and archives that may hold pictures too: they are passed over, with a warning.
 UNREAD = frozenset({".gz", ".tgz", ".zip", ".7z", ".gif", ".avif", ".heic", ".jxl"})
 LONGEST = 8  # times its short side, up to which a picture is resized as a whole
+MOST_OF_ONE = 1.5  # highest level up to which floats are taken as of 0 to 1, and so of 0 to 255
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue; ITU-R BT.601
 HEADER_BYTES = 2**16  # of a file in an archive: enough for most formats to tell the size
 
@@ -167,6 +171,7 @@ def _reason(error: Exception) -> str:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: EXIF rotation applied, transparency over white, 16 bits and floats scaled."""
+    kind = picture.format  # which a turned copy does not know
     picture.load()  # outside of the try: after a decoder's error Pillow gives what it has as the whole
     try:
         picture = ImageOps.exif_transpose(picture)
@@ -176,10 +181,19 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         log.debug("the EXIF data cannot be read; the picture stays as it lies", exc_info=True)
     if picture.mode == "F" or picture.mode.startswith("I"):  # Pillow would clip these to 255
         grey = np.asarray(picture, dtype=np.float64)
-        if picture.mode == "F":  # as floats are mostly stored: up to 1, else 8 bits
-            scale = 255.0 if grey.max(initial=0) <= 1 else 1.0
-        else:  # modes "I;16...": 16 bits; "I": 32 bits that may hold 8 or 16
-            scale = 255 / 65535 if picture.mode != "I" or grey.max(initial=0) > 255 else 1.0
+        if (
+            picture.mode == "F"
+        ):  # as floats are mostly stored: up to 1 (some more after resampling), or
+            highest = grey.max(initial=0)  # as many as 8 or 16 bits hold
+            if not np.isfinite(grey).all():
+                raise ValueError("it holds NaN or infinity")
+            if highest <= MOST_OF_ONE:
+                scale = 255.0
+            else:
+                scale = 1.0 if highest <= 255 * MOST_OF_ONE else 255 / 65535
+        else:  # modes "I;16..." and PGM: 16 bits; "I": 32 bits that may hold 8 or 16
+            deep = picture.mode != "I" or kind == "PPM" or grey.max(initial=0) > 255
+            scale = 255 / 65535 if deep else 1.0
         return Image.fromarray((grey * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -266,14 +280,18 @@ def _folder_members(folder: Path) -> list[ImageRef]:
             refs.extend(_tar_members(shard, folder))
         except ImageError as error:
             log.warning("skipped %s", error)
-    others = sorted({f.suffix.lower() for f in files} & UNREAD)
-    if others:
-        count = sum(f.suffix.lower() in UNREAD for f in files)
+    _tell_unread(folder, [f.suffix.lower() for f in files])
+    return refs
+
+
+def _tell_unread(place: Path, extensions: Sequence[str]) -> None:
+    """Logs which files of a folder or an archive may hold pictures but are not read."""
+    unread = [extension for extension in extensions if extension in UNREAD]
+    if unread:
         log.warning(
             "%s: %d files are passed over (%s); unpack archives, and convert pictures to PNG",
-            folder, count, ", ".join(others),
+            place, len(unread), ", ".join(sorted(set(unread))),
         )  # fmt: skip
-    return refs
 
 
 def _is_tar(path: Path) -> bool:
@@ -288,28 +306,52 @@ def _tar_members(path: Path, root: Path | None = None) -> list[ImageRef]:
     refs: list[ImageRef] = []
     classes: dict[str, str] = {}  # name without extension → class
     links = 0
+    others: list[str] = []  # extensions of files that are neither
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 stem, extension = os.path.splitext(member.name)
+                extension = extension.lower()
                 if not member.isfile():
-                    links += (member.islnk() or member.issym()) and extension.lower() in EXTENSIONS
+                    links += (member.islnk() or member.issym()) and extension in EXTENSIONS
                     continue
-                if extension.lower() in EXTENSIONS:
+                if extension in EXTENSIONS:
                     refs.append(ImageRef(path, member.name, member.offset_data, member.size, root))
-                elif extension.lower() == ".cls":
+                elif extension == ".cls":
                     content = archive.extractfile(member)
                     assert content is not None  # it is a file
                     classes[stem] = content.read(256).decode("utf-8", "replace").strip()
+                else:
+                    others.append(extension)
+        _check_end(path, archive.offset)
     except (tarfile.TarError, OSError) as error:
         damage = f"{path}: not a whole, uncompressed tar archive ({_reason(error)})"
         if not refs:
             raise ImageError(damage) from error
         log.warning("%s; the %d pictures in front of the damage are used", damage, len(refs))
+    _tell_unread(path, others)
     if links:
         log.warning("%s: %d links to pictures are passed over; unpack the archive", path, links)
     refs = [replace(r, cls=classes.get(os.path.splitext(r.member or "")[0])) for r in refs]
     return sorted(refs, key=lambda ref: ref.name)
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Looks whether an archive ends where its reader stopped, as that stops at damage, too.
+
+    Raises:
+        TarError: there is no end mark (a block of zeros), or something behind it.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut off: its end mark is missing")
+        if any(block):
+            raise tarfile.ReadError("a member's header is damaged")
+        while block := file.read(2**20):
+            if any(block):
+                raise tarfile.ReadError("more follows behind its end mark")
 
 
 def list_digest(refs: Sequence[ImageRef]) -> str:

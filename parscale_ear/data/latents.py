@@ -31,6 +31,10 @@ from parscale_ear import checkpoint
 INDEX_FILE = "index.json"
 KIND = "LatentShard"
 FORMAT = 1
+INDEX_KEYS = (
+    *("format", "complete", "count", "latent_fingerprint", "mirrored"),
+    *("classes", "job", "shards"),
+)
 REMEDY = "delete it and run the same parscale-ear encode again"
 
 
@@ -102,7 +106,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']}, expected {FORMAT}")
-        if missing := [key for key in ("job", "complete") if key not in index]:
+        if missing := [key for key in INDEX_KEYS if key not in index]:
             raise ValueError(f"it lacks {' and '.join(missing)}")
     except FileNotFoundError as error:
         raise checkpoint.CheckpointError(
@@ -178,7 +182,14 @@ class LatentDataset(Dataset[LatentItem]):
 
         Raises:
             IndexError: ``index`` is out of range.
+            TypeError: it is no whole number: for several take a ``DataLoader``, or
+                ``torch.utils.data.Subset``.
         """
+        if not hasattr(index, "__index__"):
+            raise TypeError(
+                f"one latent at a time, by its number, got {index!r}; for several take a DataLoader "
+                "or torch.utils.data.Subset"
+            )
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} latents")
         index %= len(self)

@@ -179,7 +179,7 @@ def _crop(photograph: Image.Image, rng: np.random.Generator) -> tuple[Image.Imag
     return resized.crop((left, top, left + SIDE, top + SIDE)), f"{short}px +{left}+{top}"
 
 
-def directory_reference(folder: Path, count: int) -> ReferenceSet:
+def directory_reference(folder: str | Path, count: int) -> ReferenceSet:
     """``count`` pictures under a folder (or in a tar), centre crops by the protocol.
 
     They are taken in a fixed, mixed order, as files are often sorted by class.
@@ -187,7 +187,8 @@ def directory_reference(folder: Path, count: int) -> ReferenceSet:
     Raises:
         ImageError: no such folder, no pictures in it, or fewer than four usable ones.
     """
-    return _from_refs(_mixed(find_images([folder])), count, f"the folder {folder.name}")
+    name = Path(folder).name
+    return _from_refs(_mixed(find_images([folder])), count, f"the folder {name}")
 
 
 def imagenette_reference(count: int, root: Path) -> ReferenceSet:
@@ -254,9 +255,9 @@ def _from_refs(refs: list[ImageRef], count: int, source: str) -> ReferenceSet:
 def load_reference(
     count: int,
     *,
-    directory: Path | None = None,
+    directory: str | Path | None = None,
     name: str = "wheels",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> ReferenceSet:
     """Reference pictures: ``directory`` if given, else by name.
 
@@ -276,7 +277,7 @@ def load_reference(
         return directory_reference(directory, count)
     if name == "imagenette":
         default = Path.home() / ".cache" / "parscale_ear"
-        return imagenette_reference(count, cache or default)
+        return imagenette_reference(count, Path(cache or default))
     if name != "wheels":
         raise ValueError(f"reference must be wheels or imagenette, got {name!r}")
     return wheel_reference(count)

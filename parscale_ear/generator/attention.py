@@ -1,6 +1,6 @@
 """Self-attention over scales, and the key/value cache that is handed into it.
 
-Shapes: R rows (batch × streams × guidance), T new tokens, S tokens seen so far and now, C width,
+Shapes: R rows (of all streams, and those without a label under guidance), T new tokens, S tokens seen so far and now, C width,
 N heads, D head width.
 """
 
@@ -65,7 +65,7 @@ class KVCache:
 
         Args:
             depth: layers.
-            rows: batch × streams, doubled under guidance.
+            rows: of all streams, and those without a label under guidance.
             heads: attention heads.
             tokens: slots a row.
             head_width: channels of a head.

@@ -27,7 +27,7 @@ from parscale_ear import checkpoint
 from parscale_ear.autoencoder.files import Decoder
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError
-from parscale_ear.device import check_dtype, check_finite
+from parscale_ear.device import check_finite
 from parscale_ear.generator.attention import Cache, GrowingCache
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator, Rows
 from parscale_ear.generator.ear_config import EARConfig, find_class
@@ -97,7 +97,9 @@ class EnergyAR(NextScaleGenerator):
         """Takes an autoencoder for decoding; it is not saved with the weights.
 
         Args:
-            autoencoder: of the latent space that this model was trained on, any decoder.
+            autoencoder: of the latent space that this model was trained on, any decoder. It stays
+                where it is, and decodes there; from then on it is moved to whatever device this
+                model is moved to.
 
         Raises:
             TypeError: it is none.
@@ -109,6 +111,12 @@ class EnergyAR(NextScaleGenerator):
             raise ValueError(
                 "this generator was trained on latents of another autoencoder; use the one that "
                 "it was trained with (in FP32 or FP16), or train it anew"
+            )
+        channels = autoencoder.config.litevae.latent_channels
+        if channels != self.config.channels:
+            raise ValueError(
+                f"this generator draws latents of {self.config.channels} channels, the autoencoder "
+                f"decodes {channels}"
             )
         self._autoencoder = (autoencoder,)
         return self
@@ -174,7 +182,15 @@ class EnergyAR(NextScaleGenerator):
         Returns:
             (B, T, 1 or 3) a scale, FP32: of the mean, or of three bands; with ``each``
             (B, 1 + P, T, 1 or 3), the joined ones first.
+
+        Raises:
+            ValueError: shapes do not fit, ``samples`` is below 2, ``alpha`` out of (0, 2], the streams
+                are another backbone's, or ``each`` is asked for without streams.
         """
+        if labels.shape != latents.shape[:1]:
+            raise ValueError(
+                f"{len(latents)} latents need as many labels, got {tuple(labels.shape)}"
+            )
         with torch.autocast(latents.device.type, enabled=False):
             maps = self.pyramid.teacher_input(latents, input_noise, generator)  # (B, L − 1, I)
             tokens = self.pyramid.encode(latents)
@@ -226,8 +242,9 @@ class EnergyAR(NextScaleGenerator):
         Returns:
             (B or B · P, Z, S, S), normalised, FP32 (FP64 of a model in FP64).
         """
-        guidance = self.recommended["guidance"] if guidance is None else guidance
-        temperature = self.recommended["temperature"] if temperature is None else temperature
+        recommended = {**RECOMMENDED, **self.recommended}
+        guidance = recommended["guidance"] if guidance is None else guidance
+        temperature = recommended["temperature"] if temperature is None else temperature
         check_guidance(guidance)
         check_temperature(temperature)
         rows = self.lay_out(labels, guidance=guidance, streams=streams, mode=mode)
@@ -369,7 +386,7 @@ class EnergyAR(NextScaleGenerator):
         return self.head.flops(self.pyramid.scales[scale].level)
 
     def set_dtype(self, dtype: torch.dtype) -> EnergyAR:
-        """Casts all but the pyramid, in place; that stays in FP32."""
+        """Casts all but the pyramid, in place; half precision leaves its dtype as it is (FP32 as a rule)."""
         return self.to(dtype)
 
     # --- in and out ---
@@ -429,18 +446,20 @@ class EnergyAR(NextScaleGenerator):
 
         Raises:
             CheckpointError: the file is missing, damaged or foreign.
-            ValueError: ``dtype`` is none of PyTorch's.
+            ValueError: ``dtype`` is not of floating-point numbers of 16 bits or more.
         """
-        check_dtype(dtype)
+        checkpoint.check_stored_dtype(dtype)
         tensors, header = checkpoint.load(path, kind="EnergyAR")
         try:
-            model = cls(EARConfig.from_dict(header["config"])).float()  # whatever the default is
+            config = EARConfig.from_dict(header["config"])
+            with torch.random.fork_rng(devices=()):  # fresh weights are thrown away: no draw counts
+                model = cls(config).float()  # whatever the default is
             model.load_state_dict(tensors)
+            model.recommended.update(header.get("recommended") or {})
         except (ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path}: {reason}") from error
         model.latent_fingerprint = header.get("latent_fingerprint")
-        model.recommended.update(header.get("recommended", {}))
         model = model.to(device or "cpu")
         fingerprint = model.fingerprint() if dtype == torch.bfloat16 else None
         model = model.set_dtype(torch.float32 if dtype is None else dtype).eval()

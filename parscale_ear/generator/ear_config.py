@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from parscale_ear.autoencoder.litevae import STRIDE
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.pyramid import LatentPyramid
 from parscale_ear.generator.transformer import TransformerConfig
 
@@ -35,10 +36,11 @@ class EARConfig:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name in ("head_width", "head_blocks", "noise_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(1, head_width=self.head_width, head_blocks=self.head_blocks)
+        check_whole(1, noise_channels=self.noise_channels)
         names = self.class_names
+        if isinstance(names, str):
+            raise ValueError(f"class_names must be several names, as a tuple, got {names!r}")
         if not names or len(set(names)) != len(names):
             raise ValueError(f"class_names must be different names, at least one, got {names}")
         self.transformer  # noqa: B018 - the other checks

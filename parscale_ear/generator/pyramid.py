@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parscale_ear.autoencoder.wavelet import haar_dwt, haar_idwt
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.precision import KeepsFloat32
 
 BANDS = 3  # of a detail
@@ -68,12 +69,11 @@ class LatentPyramid(KeepsFloat32):
             ValueError: an argument is out of range.
         """
         super().__init__()
+        check_whole(1, channels=channels, side=side)
         if side < 2 or side & (side - 1):
             raise ValueError(f"side must be a power of two from 2 on, got {side}")
         if phases not in PHASES:
             raise ValueError(f"phases must be 1, 2 or 4, got {phases}")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
         self.channels, self.side = channels, side
         self.levels = side.bit_length()  # the mean, then a level a doubling
         self.scales = [Scale(0, 1, (0,))]

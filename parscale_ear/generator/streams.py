@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parscale_ear import checkpoint
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.attention import KVCache
 from parscale_ear.generator.transformer import TransformerConfig
 
@@ -45,11 +46,8 @@ class StreamsConfig:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        if self.count < 1:
-            raise ValueError(f"streams must be at least 1, got {self.count}")
-        for name, least in (("depth", 1), ("width", 1), ("heads", 1), ("prefix_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_whole(1, streams=self.count, depth=self.depth, width=self.width, heads=self.heads)
+        check_whole(0, prefix_tokens=self.prefix_tokens)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width}")
         if not 0 <= self.smoothing < 1:
@@ -270,7 +268,9 @@ class ParallelStreams(nn.Module):
                 "rounded to BF16); use them with that one"
             )
         try:
-            streams = cls(StreamsConfig(**header["config"])).float()  # whatever the default is
+            config = StreamsConfig(**header["config"])
+            with torch.random.fork_rng(devices=()):  # fresh weights are thrown away: no draw counts
+                streams = cls(config).float()  # whatever the default is
             streams.load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]

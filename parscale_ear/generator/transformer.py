@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.attention import Cache, KVCache, SelfAttention
 from parscale_ear.generator.packing import PackedLinear
 
@@ -47,8 +48,7 @@ class TransformerConfig:
             ValueError: a field is out of range; the message names it.
         """
         for name in ("depth", "width", "heads", "mlp_ratio", "classes", "input_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_whole(1, **{name: getattr(self, name)})
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, got {self.width}")
         if not self.counts or min(self.counts) < 1:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from parscale_ear import checkpoint
 from parscale_ear.checkpoint import CheckpointError
+from parscale_ear.checks import check_whole
 from parscale_ear.device import check_finite
 from parscale_ear.generator.base import Labels, Mode, NextScaleGenerator
 from parscale_ear.generator.packing import PackedLinear
@@ -51,6 +52,7 @@ class VARConfig:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
+        check_whole(1, depth=self.depth)
         if self.width is None:
             object.__setattr__(self, "width", HEAD_WIDTH * self.depth)
         if self.heads is None:
@@ -248,6 +250,8 @@ class VAR(NextScaleGenerator):
         """
         check_sampling(top_k, top_p, guidance)
         rows = self.lay_out(labels, guidance=guidance, streams=streams, mode=mode)
+        if forced is not None:
+            self._check_tokens(forced, rows.pictures)
         transformer, quantizer = self.transformer, self.vqvae.quantizer
         condition = transformer.condition(rows.labels)
         cache = rows.new_cache(transformer)
@@ -427,7 +431,9 @@ class VAR(NextScaleGenerator):
 
         Raises:
             CheckpointError: the file is missing, damaged or foreign.
+            ValueError: ``dtype`` is not of floating-point numbers of 16 bits or more.
         """
+        checkpoint.check_stored_dtype(dtype)
         tensors, header = checkpoint.load(path, kind="VAR")
         try:
             with torch.device("meta"):
@@ -467,7 +473,9 @@ class VAR(NextScaleGenerator):
         Raises:
             CheckpointError: a file is missing or not a state dict, keys are missing or foreign,
                 shapes do not fit, or the depth is another.
+            ValueError: ``dtype`` is not of floating-point numbers of 16 bits or more.
         """
+        checkpoint.check_stored_dtype(dtype)
         from parscale_ear.generator.adapters import load_official
 
         model = load_official(cls, vqvae_path, var_path, heads=heads, depth=depth)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale_ear.checks import check_whole
 from parscale_ear.device import check_finite
 from parscale_ear.generator.quantizer import MultiScaleQuantizer
 
@@ -40,8 +41,7 @@ class VQVAEConfig:
             ValueError: a field is out of range; the message names it.
         """
         for name in ("vocabulary", "latent_channels", "width", "blocks", "groups", "phis"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_whole(1, **{name: getattr(self, name)})
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive, got {self.multipliers}")
         if self.width % self.groups:

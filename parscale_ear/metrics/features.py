@@ -180,15 +180,15 @@ def _check_digest(weights: Path) -> None:
         )
 
 
-def inception_weights(named: Path | None = None, *, download: bool = True) -> Path:
+def inception_weights(named: str | Path | None = None, *, download: bool = True) -> Path:
     """Finds Inception's weights: the file named, the torch cache, or a download into it.
 
     Raises:
         FeatureError: there are none, and no network to fetch them from.
     """
     if named is not None:
-        _check_digest(named)
-        return named
+        _check_digest(Path(named))
+        return Path(named)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if cached.is_file():
         _check_digest(cached)
@@ -203,7 +203,13 @@ def inception_weights(named: Path | None = None, *, download: bool = True) -> Pa
         cached.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(part), progress=True)
-        _check_digest(part)
+        try:
+            _check_digest(part)
+        except ForeignWeightsError as error:  # a page that asks to sign in, say
+            raise FeatureError(
+                f"what was downloaded is not {INCEPTION_FILE}; put it into {cached.parent} or name it "
+                "with --inception-weights"
+            ) from error
         part.replace(cached)
     except (OSError, http.client.HTTPException) as error:
         raise FeatureError(
@@ -221,7 +227,7 @@ def load_extractor(
     choice: FeatureChoice = "auto",
     *,
     device: torch.device | str = "cpu",
-    weights: Path | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[FeatureExtractor, str]:
     """The extractor asked for.
 

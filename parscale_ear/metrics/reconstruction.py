@@ -18,6 +18,7 @@ SIMILARITIES = ("psnr_db", "ssim", "ms_ssim", "haarpsi")
 STRIP = 2**22  # numbers of all pictures together that are compared at a time
 HIGHEST_PSNR = 100.0  # dB, of one picture: one that comes back exactly has no finite PSNR
 BLOCK = 16  # side of the blocks that are flat or not, pixels
+SSIM_SIDE = 11  # its window
 MS_SSIM_SIDE = 161  # five scales and a window of 11 need more than 160 pixels
 
 
@@ -50,7 +51,7 @@ def ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
     Gaussian weights with σ 1.5, population covariance, data range 255.
 
     Args:
-        pictures: (N, 3, H, W), 8-bit.
+        pictures: (N, 3, H, W), 8-bit, H and W at least 11.
         references: (N, 3, H, W), 8-bit.
 
     Returns:
@@ -60,6 +61,7 @@ def ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
         ValueError: shape or dtype differ from that.
     """
     _check(pictures, references)
+    _check_side(pictures, "SSIM", SSIM_SIDE)
     values = [
         structural_similarity(
             picture.numpy(),
@@ -89,11 +91,7 @@ def ms_ssim(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
         ValueError: shape or dtype differ from that.
     """
     _check(pictures, references)
-    if min(pictures.shape[-2:]) < MS_SSIM_SIDE:
-        raise ValueError(
-            f"MS-SSIM needs pictures of at least {MS_SSIM_SIDE} pixels each way, "
-            f"got {tuple(pictures.shape[-2:])}"
-        )
+    _check_side(pictures, "MS-SSIM", MS_SSIM_SIDE)
     return _by_piq(piq.multi_scale_ssim, pictures, references)
 
 
@@ -111,6 +109,7 @@ def haarpsi(pictures: Tensor, references: Tensor) -> NDArray[np.float64]:
         ValueError: shape or dtype differ from that.
     """
     _check(pictures, references)
+    _check_side(pictures, "HaarPSI", BLOCK)
     values = _by_piq(piq.haarpsi, pictures, references)
     return np.clip(np.where(np.isfinite(values), values, 1.0), 0.0, 1.0)  # black on black: 0/0
 
@@ -123,8 +122,9 @@ def _by_piq(
         values = [
             metric(a.float() / 255, b.float() / 255, data_range=1.0, reduction="none")
             for a, b in zip(pictures.split(8), references.split(8), strict=True)
+            if len(a)
         ]
-    return torch.cat(values).double().numpy()
+    return torch.cat(values).double().numpy() if values else np.empty(0)
 
 
 def cell_pattern(
@@ -219,4 +219,14 @@ def _check(pictures: Tensor, references: Tensor) -> None:
         )
     for tensor in (pictures, references):
         if str(tensor.dtype) != "torch.uint8" or tensor.device.type != "cpu":
-            raise ValueError(f"expected 8-bit pictures on the CPU, got {tensor.dtype}")
+            raise ValueError(
+                f"expected 8-bit pictures on the CPU, got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _check_side(pictures: Tensor, metric: str, least: int) -> None:
+    if min(pictures.shape[-2:]) < least:
+        raise ValueError(
+            f"{metric} needs pictures of at least {least} pixels each way, "
+            f"got {tuple(pictures.shape[-2:])}"
+        )

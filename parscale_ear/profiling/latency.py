@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from parscale_ear.checks import check_whole
 from parscale_ear.profiling.memory import peak_memory_mib
 
 
@@ -75,8 +76,7 @@ def time_alternately(
 
     Arguments and errors as for :func:`time_runs`; returns one :class:`Timings` a function.
     """
-    if runs < 1:
-        raise ValueError(f"runs must be at least 1, got {runs}")
+    check_whole(1, runs=runs)
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(
@@ -166,9 +166,7 @@ def benchmark_model_precise(
             f"the model is on {weight.device} but device is {wanted}; move it first: "
             f'model.to("{wanted}")'
         )
-    for name, count in (("batch_size", batch_size), ("warmup", warmup)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_whole(1, batch_size=batch_size, warmup=warmup)
     images = _noise(batch_size, height, width, weight)
     start = time.perf_counter()
     time_runs(lambda: model(images), device=weight.device, runs=1, warmup=warmup - 1)

@@ -213,7 +213,7 @@ def _history(stage: str, out: Path, recipe: Recipe) -> list[dict[str, Any]]:
     source = _source(stage, out, recipe)
     if source is None:
         return []
-    told = checkpoint.load(source)[1].get("training", {})
+    told = checkpoint.load(source)[1].get("training") or {}
     if "history" not in told:
         log.warning("%s does not say how it was trained: the new weights' history lacks it", source)
     stages = list(told.get("history", []))

@@ -147,7 +147,10 @@ class DiffusionHead(nn.Module):
         self, hidden: Tensor, tokens: Tensor, *, level: int, samples: int = 2,
         generator: torch.Generator | None = None, **_: object,
     ) -> Tensor:  # fmt: skip
-        """Squared error of the noise at ``samples`` times a token: (B, T, 1)."""
+        """Squared error of the noise at ``samples`` times a token, for every band: (B, T, 1 or 3).
+
+        All bands of a token are denoised together, so they have one error.
+        """
         shape = (samples, *tokens.shape)
         time = torch.randint(
             1, TRAIN_STEPS + 1, shape[:-1], generator=generator, device=tokens.device
@@ -156,7 +159,8 @@ class DiffusionHead(nn.Module):
         noise = torch.randn(shape, generator=generator, device=tokens.device)
         x = kept.sqrt() * tokens + (1 - kept).sqrt() * noise
         said = self._noise(x, time, hidden, level)
-        return (said - noise).square().mean(-1).mean(0)[..., None]
+        error = (said - noise).square().mean(-1).mean(0)[..., None]
+        return error.expand(-1, -1, BANDS if level else 1)  # tokens weigh as with the other heads
 
     def draw(
         self, hidden: Tensor, *, level: int, temperature: float = 1.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.ear_config import EARConfig
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.training.loop import LoopConfig, Optimizer, Precision, check_seed
@@ -62,12 +63,12 @@ class EARRecipe:
         Raises:
             ValueError: a field is out of range; the message names it.
         """
-        for name, least in (("batch", 1), ("stream_steps", 1), ("samples", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_whole(1, batch=self.batch, stream_steps=self.stream_steps)
+        check_whole(2, samples=self.samples, picture_draws=self.picture_draws)
+        check_whole(1, picture_classes=self.picture_classes, picture_batch=self.picture_batch)
         check_seed(self.seed)
-        if any(count < 1 for count in self.streams):
-            raise ValueError(f"streams must be at least 1, got {self.streams}")
+        for count in self.streams:
+            check_whole(1, streams=count)
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
         if not 0 < self.alpha <= 2:
@@ -78,9 +79,6 @@ class EARRecipe:
             raise ValueError(f"train_temperature must be in (0, 1], got {self.train_temperature}")
         if self.picture_minutes < 0 or self.picture_steps < 0:
             raise ValueError("picture_minutes and picture_steps must be at least 0")
-        for name, least in (("picture_classes", 1), ("picture_draws", 2), ("picture_batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("picture_rate", "critic_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -94,6 +92,10 @@ class EARRecipe:
             raise ValueError("without a first stage (minutes = 0) there must be weights to start")
         if self.picture_minutes and self.picture_steps:
             raise ValueError("give either picture_minutes or picture_steps")
+        if self.minutes == 0 and self.steps is not None:
+            raise ValueError(
+                "minutes = 0 leaves the first stage out, and its steps; give one of them"
+            )
         if not self.stages():
             raise ValueError("there is nothing to train; give minutes, picture_minutes or streams")
         for stage in self.stages():

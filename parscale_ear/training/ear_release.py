@@ -3,9 +3,8 @@ r"""Turns a finished EnergyAR into weights to ship: FP16, its settings chosen, j
     python -m parscale_ear.training.ear_release RUN/pictures.safetensors \\
         --training TRAIN_DIR_OR_TAR --validation VAL_DIR_OR_TAR --evidence FOLDER
 
-Guidance and temperature are chosen with the training pictures, as the autoencoder restores them: of
-all settings whose Fréchet distance to them is within ``NEAR`` of the least, the one whose pictures
-are put into their classes most often. The same judge, which took no part in training, then judges
+Guidance and temperature are those of the least Fréchet distance to the training pictures, as the
+autoencoder restores them. The same judge, which took no part in training, then judges
 that one setting, on other draws and on the validation pictures. What the pictures of the
 validation set are to that judge is written as statistics, so that distances can be measured where
 no pictures are.
@@ -57,7 +56,6 @@ from parscale_ear.training.judging import (
 from parscale_ear.training.marks import between_marks
 from parscale_ear.training.program import FAILED, add_pictures, attempt, new_parser
 
-NEAR = 1.1  # times the least distance
 FEW = (64, 256)  # real pictures, whose distance tells how far so few must seem to be
 SHOWN = 3  # pictures of a class beside their nearest training pictures
 EVIDENCE_FILE = "generation_judged.json"
@@ -190,7 +188,7 @@ def release(
         few = model.config.class_names[int(counts.argmin())]
         raise ValueError(f"at least two validation pictures of every class are needed: {few}")
     training = load_real(training_paths, model, judge, "training", mirrored=True)
-    settings, tried = choose(model, judge, training, NEAR)
+    settings, tried = choose(model, judge, training)
     figures, law, drawn, which = judge_model(model, judge, training, validation, settings)
     facts = {
         "data": [Path(path).name for path in validation_paths],
@@ -202,12 +200,13 @@ def release(
     if decoder != _decoder_digest():
         raise ValueError("the shipped decoder changed while pictures were judged; begin anew")
     statistics = FeatureStatistics(law, judge.network.name, judge.classes, facts)
+    measured = origin(torch.device("cpu"), "float32")
     report: dict[str, Any] = {
         "judge": judge.network.name,
         "distance_name": judge.network.distance,
         "data": facts["data"],
         "decoder": DEFAULT_DECODER,
-        **origin(torch.device("cpu"), "float32"),
+        **measured,
         **figures,
         "intervals": INTERVALS,
         "tried_on_training": tried,
@@ -216,7 +215,10 @@ def release(
     _show(drawn.pictures, training, which, evidence)
     model.recommended = settings
     model.save_pretrained(
-        out / SHIPPED_FILE, dtype=torch.float16, training=header.get("training"), judged=figures
+        out / SHIPPED_FILE,
+        dtype=torch.float16,
+        training=header.get("training"),
+        judged={**measured, **figures},
     )
     statistics.save(out / STATISTICS_FILE)
     checkpoint.write_text(out / CARD, with_figures(card, report))
@@ -261,7 +263,8 @@ def with_figures(card: str, report: Mapping[str, Any] | None) -> str:
             "",
             f"Guidance {settings['guidance']:g}, temperature {settings['temperature']:g}, "
             f"{report['decoder']} decoder, {report['dtype']}, weights rounded to FP16, torch "
-            f"{report['torch']}.",
+            f"{report['torch']}; measured on {report['device']}, {report['threads']} threads, by release "
+            f"{report['version']}, {report['date'][:10]}.",
         ]
     return between_marks(card, BEGIN, END, "\n".join(lines), "the model card")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from parscale_ear.checks import check_whole
 from parscale_ear.generator.streams import ParallelStreams
 from parscale_ear.generator.var import VARConfig
 from parscale_ear.generator.vqvae import VQVAEConfig
@@ -48,14 +49,13 @@ class VARRecipe:
             ValueError: a field is out of range; the message names it.
         """
         for name, least in (("batch", 1), ("steps", 1), ("stream_steps", 1), ("side", SSIM_WINDOW)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_whole(least, **{name: value})
         check_seed(self.seed)
         if not self.sides or min(self.sides) < 1:
             raise ValueError(f"sides must be positive and grow, got {self.sides}")
-        if any(count < 1 for count in self.streams):
-            raise ValueError(f"streams must be at least 1, got {self.streams}")
+        for count in self.streams:
+            check_whole(1, streams=count)
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1), got {self.label_dropout}")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.feature_weight < math.inf:

@@ -105,7 +105,7 @@ def train_head(
 
 def measure(kind: str, model: EnergyAR, judge: Judge, training: Real, law: Gaussian, out: Path) -> dict[str, Any]:  # fmt: skip
     """Figures of one head; writes a row of pictures a class."""
-    settings, tried = choose(model, judge, training, near=1.0)
+    settings, tried = choose(model, judge, training)
     drawn = judge_drawn(model, judge, settings, kind)
     save_classes(drawn.pictures, len(judge.classes), out / f"{kind}.png")
     return {

@@ -31,7 +31,7 @@ from parscale_ear.metrics.frechet import Gaussian, Interval, clustered_jackknife
 from parscale_ear.metrics.generation import class_diversity, class_hits, share
 from parscale_ear.training.folder import load_labelled
 
-GUIDANCE = (0.0, 1.0, 2.0, 3.0, 4.0)
+GUIDANCE = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 TEMPERATURES = (1.0, 0.9, 0.8)
 TRIED, JUDGED = 500, 2000  # pictures of every setting, and of the chosen one
 TRIED_SEED, JUDGED_SEED = 1, 2
@@ -196,15 +196,14 @@ def distance_interval(features: Tensor, law: Gaussian) -> Interval:
 
 
 def choose(
-    model: EnergyAR, judge: Judge, training: Real, near: float
+    model: EnergyAR, judge: Judge, training: Real
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Guidance and temperature by the training pictures, and all that were tried.
+    """Guidance and temperature of the least distance to the training pictures, and all tried ones.
 
     Args:
         model: the generator.
         judge: of distance and classes.
         training: the pictures it was trained on.
-        near: how many times the least distance is allowed for better classes.
     """
     law = Gaussian.fit(training.restored.numpy())
     tried = []
@@ -219,8 +218,7 @@ def choose(
                 "accuracy": float(drawn.hits.float().mean()),
             }
         )
-    limit = near * min(row["distance"] for row in tried)
-    best = max((row for row in tried if row["distance"] <= limit), key=lambda row: row["accuracy"])
+    best = min(tried, key=lambda row: row["distance"])
     return {key: best[key] for key in ("guidance", "temperature")}, tried
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parscale_ear.checks import check_whole
 from parscale_ear.training.loop import LoopConfig, Precision, check_seed
 
 STAGES = ("vae", "hybrid", "baseline", "sharp")
@@ -83,9 +84,8 @@ class Recipe:
             if value < 16 or value % 16:
                 raise ValueError(f"{name} must be a multiple of 16, got {value}")
         for name, least in (("batch", 1), ("steps", 1), ("workers", 0), ("refinements", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_whole(least, **{name: value})
         for name in ("learning_rate", "final_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

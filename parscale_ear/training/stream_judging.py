@@ -116,7 +116,7 @@ def judge_streams(
             training = load_real(training_paths, model, judge, "training")
             real = load_real(validation_paths, model, judge, "validation")
             law = Gaussian.fit(judge.look(real.pictures, "validation").numpy())
-            settings, tried = choose(model, judge, training, near=1.0)
+            settings, tried = choose(model, judge, training)
         drawn = judge_drawn(model, judge, settings, f"P = {count}", streams)
         save_classes(drawn.pictures, len(judge.classes), run / f"streams{count}.png")
         seen.append(drawn.features.numpy())

@@ -192,7 +192,8 @@ def _var(arguments: argparse.Namespace, path: Path | None, device: torch.device)
     if arguments.official:
         return VAR.from_official(*arguments.official, device=device)
     assert path is not None
-    if checkpoint.load(path)[1].get("training", {}).get("stage") == "tokenizer":
+    told = checkpoint.load(path)[1].get("training") or {}
+    if told.get("stage") == "tokenizer":
         raise UsageError(f"{path}: only its tokenizer is trained; name var.safetensors of that run")
     return VAR.from_pretrained(path, device=device)
 

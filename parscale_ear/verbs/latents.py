@@ -29,8 +29,12 @@ def add_parser(verbs: Verbs) -> None:
         "reads. The same command goes on where a killed one stopped. Under torchrun or accelerate "
         "launch, the processes share the work.",
     )
-    verb.add_argument("images", metavar="DIR_OR_TAR", help="or hf:DATASET[:SPLIT]")
-    verb.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
+    verb.add_argument(
+        "images", nargs="+", metavar="DIR_OR_TAR", help="also several, or hf:DATASET[:SPLIT]"
+    )
+    verb.add_argument(
+        "out", type=Path, metavar="OUT", help="folder for the latents, right behind the sources"
+    )
     verb.add_argument("--side", type=positive, default=256, help="of the squares (default 256)")
     verb.add_argument("--mirror", action="store_true", help="also encode the mirrored pictures")
     verb.add_argument(
@@ -79,11 +83,11 @@ def _encode(arguments: argparse.Namespace) -> int:
         batch=arguments.batch or (32 if device.type == "cuda" else 1),
         shard=arguments.shard,
     )
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = _count_of("RANK", 0), _count_of("WORLD_SIZE", 1)
     if world > 1 and device.type == "cuda" and device.index is None:
         device = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_folder(arguments.out)
-    refs = find_images([arguments.images])
+    refs = find_images(arguments.images)
     with tqdm(total=len(refs), unit="image", disable=rank > 0) as bar:
         result = encode_folder(
             refs,
@@ -104,9 +108,16 @@ def _encode(arguments: argparse.Namespace) -> int:
             f"{result.encoded} pictures in {result.seconds:.1f} s, {rate:.1f} images/s, bound by "
             f"{result.bound_by} → {arguments.out}"
         )
+    if not result.complete:
+        print(
+            f"parscale-ear: {arguments.out} is not finished yet: RANK {rank} of WORLD_SIZE {world} is done, "
+            "other jobs have shards left (if none runs: unset both, and run this again)",
+            file=sys.stderr,
+        )
     print(
         json.dumps(
             {
+                "complete": result.complete,
                 "pictures": result.pictures,
                 "encoded": result.encoded,
                 "skipped": len(result.skipped),
@@ -120,6 +131,20 @@ def _encode(arguments: argparse.Namespace) -> int:
     )
     # torchrun takes any other exit code than 0 for a failure, and ends the other jobs.
     return 2 if result.skipped and world == 1 else 0
+
+
+def _count_of(variable: str, default: int) -> int:
+    """What a launcher says in the environment.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    from parscale_ear.device import UsageError
+
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise UsageError(f"{variable}={text}: expected a whole number; unset it without a launcher")
+    return int(text)
 
 
 def _decode(arguments: argparse.Namespace) -> int:

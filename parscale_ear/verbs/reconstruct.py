@@ -40,7 +40,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from parscale_ear.autoencoder.model import ParScaleEAR
     from parscale_ear.autoencoder.reconstruct import reconstruct_image
     from parscale_ear.data import images as pictures
-    from parscale_ear.device import DTYPES, UsageError, resolve_device
+    from parscale_ear.device import DTYPES, UsageError, out_of_memory, resolve_device
     from parscale_ear.metrics.reconstruction import HIGHEST_PSNR, psnr
 
     device = resolve_device(arguments.device)
@@ -69,13 +69,23 @@ def _run(arguments: argparse.Namespace) -> int:
     for ref, name in bar:
         try:
             original = pictures.to_tensor(ref.load())  # (3, H, W)
+            restored = reconstruct_image(
+                model, original, refinements=arguments.refinements, tile=arguments.tile
+            )
         except pictures.ImageError as error:
             failed += 1
             bar.write(f"parscale-ear: skipped {error}", file=sys.stderr)
             continue
-        restored = reconstruct_image(
-            model, original, refinements=arguments.refinements, tile=arguments.tile
-        )
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failed += 1
+            bar.write(
+                f"parscale-ear: skipped {ref.name}: out of memory; try a smaller --tile than "
+                f"{arguments.tile or 'the whole picture (512, say)'}",
+                file=sys.stderr,
+            )
+            continue
         pictures.save_png(restored, arguments.out / f"{name}.png")
         if arguments.compare:
             pair = torch.cat((original, torch.ones(3, original.shape[1], 8), restored), dim=2)

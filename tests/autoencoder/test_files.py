@@ -9,6 +9,8 @@ import torch
 from parscale_ear.autoencoder.files import shipped_weights
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.checkpoint import CheckpointError, load
+from parscale_ear.generator.ear import EnergyAR
+from parscale_ear.generator.var import VAR
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
 
@@ -140,3 +142,62 @@ def test_unknown_variant() -> None:
         shipped_weights(decoder="blurred")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no sharp decoder for the baseline"):
         shipped_weights("baseline", "sharp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_cast_to_bf16_later_are_of_the_same_latents(
+    tiny: ParScaleEAR, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tiny.save_pretrained(tmp_path / "w.safetensors")
+    loaded = ParScaleEAR.from_pretrained(path, dtype=dtype)
+    assert loaded.bfloat16().latent_fingerprint() == tiny.latent_fingerprint()
+
+
+def test_loading_draws_no_random_numbers(tiny: ParScaleEAR, tmp_path: Path) -> None:
+    path = tiny.save_pretrained(tmp_path / "w.safetensors")
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    ParScaleEAR.from_pretrained(path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "fp16"])
+def test_dtypes_that_nothing_can_be_computed_in(dtype: torch.dtype, tmp_path: Path) -> None:
+    for model in (ParScaleEAR, EnergyAR):
+        with pytest.raises(ValueError, match="dtype must be"):
+            model.from_pretrained(dtype=dtype)
+    with pytest.raises(ValueError, match="dtype must be"):
+        VAR.from_pretrained(tmp_path / "var.safetensors", dtype=dtype)
+    with pytest.raises(ValueError, match="dtype must be"):
+        VAR.from_official("vqvae.pth", "var.pth", dtype=dtype)
+    with pytest.raises(ValueError, match="dtype must be"):
+        ParScaleEAR().save_pretrained(tmp_path / "w.safetensors", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("parts", "file", "message"),
+    [
+        ("encoder", "other.safetensors", "shared_parts must be several names"),
+        (("encoder", "decodr"), "other.safetensors", "'decodr', of which the model has no weights"),
+        (("encoder",), "w.safetensors", "another file in the same folder"),
+        (("encoder",), "../other.safetensors", "another file in the same folder"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    tiny: ParScaleEAR, tmp_path: Path, parts: tuple[str, ...], file: str, message: str
+) -> None:
+    path = tiny.save_pretrained(tmp_path / "w.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        tiny.save_pretrained(path, shared_parts=parts, shared_file=file)
+    assert path.read_bytes() == before
+
+
+def test_a_new_folders_file_does_not_share_with_itself(tiny: ParScaleEAR, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="another file in the same folder"):
+        tiny.save_pretrained(
+            tmp_path / "new", shared_parts=("encoder",), shared_file="model.safetensors"
+        )
+    assert not (tmp_path / "new").exists()

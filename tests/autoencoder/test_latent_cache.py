@@ -70,6 +70,8 @@ def test_latents_equal_those_in_memory(classes: Path, tmp_path: Path, shipped: P
     assert torch.equal(both[-1]["latent"], flipped[-1])
     with pytest.raises(IndexError):
         both[24]
+    with pytest.raises(TypeError, match="one latent at a time"):
+        both[:8]  # type: ignore[index]
     data.verify()
 
 
@@ -482,3 +484,41 @@ def test_an_index_that_appears_meanwhile_is_looked_at(
 def test_arguments_that_make_no_sense_are_told(classes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="devices must name at least one"):
         encode_folder(find_images([classes / "cat"]), tmp_path / "out", OPTIONS, devices=())
+    with pytest.raises(ValueError, match="refs must be ImageRefs"):
+        encode_folder(str(classes), tmp_path / "out", OPTIONS)  # type: ignore[arg-type]
+
+
+def test_a_job_that_fails_leaves_the_folder_to_the_others(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs, out = find_images([classes]), tmp_path / "out"
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache, "encode_pictures", fails)
+        with pytest.raises(MemoryError):
+            encode_folder(refs, out, OPTIONS, rank=0, world=2)
+    assert (out / INDEX_FILE).exists()  # by which another job that began meanwhile goes on
+    assert not encode_folder(refs, out, OPTIONS, rank=1, world=2).complete
+    assert encode_folder(refs, out, OPTIONS).complete
+    assert len(LatentDataset(out)) == 12
+
+
+def test_a_name_that_safetensors_cannot_open_is_refused(classes: Path, tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    with pytest.raises(CheckpointError, match="not valid UTF-8"):
+        encode_folder(find_images([classes]), out, OPTIONS)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("key", ["classes", "shards", "count", "latent_fingerprint", "job"])
+def test_an_index_that_lacks_something(key: str, classes: Path, tmp_path: Path) -> None:
+    encode_folder(find_images([classes / "cat"]), tmp_path / "out", OPTIONS)
+    path = tmp_path / "out" / INDEX_FILE
+    index = json.loads(path.read_text())
+    del index[key]
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"it lacks {key}"):
+        LatentDataset(tmp_path / "out")

@@ -14,8 +14,6 @@ from parscale_ear.autoencoder.litevae import LiteVAE, LiteVAEConfig
 from parscale_ear.autoencoder.model import ParScaleEAR
 from parscale_ear.autoencoder.posterior import LatentPosterior
 
-KEYS = Path(__file__).with_name("state_dict_keys.txt")
-
 
 def images(*shape: int) -> torch.Tensor:
     return torch.rand(*shape) * 2 - 1
@@ -138,7 +136,7 @@ class TestRefinements:
 
     @pytest.mark.parametrize("times", [-1, 0.5, "1"])
     def test_counts_alone(self, tiny: ParScaleEAR, times: object) -> None:
-        with pytest.raises(ValueError, match="refinements must be an integer of at least 0"):
+        with pytest.raises(ValueError, match="refinements must be a"):
             tiny.encode(images(1, 3, 16, 16), refinements=times)  # type: ignore[arg-type]
 
     def test_flops_equal_pytorch(self) -> None:
@@ -222,6 +220,10 @@ class TestPosterior:
         assert samples[0].dtype == dtype
         error = (samples[0].float() - samples[1]).abs().max()
         assert error < 4 * torch.finfo(dtype).eps  # values are below 4
+
+    def test_a_seed_is_no_generator(self, tiny: ParScaleEAR) -> None:
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got 0"):
+            tiny.encode(images(1, 3, 16, 16)).sample(0)  # type: ignore[arg-type]
 
     def test_a_generator_decides_the_sample(self, tiny: ParScaleEAR) -> None:
         posterior = tiny.encode(images(1, 3, 32, 32))
@@ -416,8 +418,8 @@ class TestShippedWeights:
         with torch.inference_mode():
             latent = shipped.encode(photographs.float() / 127.5 - 1).mode()
         values = latent.transpose(0, 1).flatten(1)
-        assert values.mean(1).abs().max() < 1
-        assert 0.3 < values.std(1).min() < values.std(1).max() < 3
+        assert values.mean(1).abs().max() < 0.5
+        assert 0.8 < values.std(1).min() < values.std(1).max() < 1.1
 
     def test_a_shift_by_16_pixels_shifts_the_latent(
         self, shipped: ParScaleEAR, photographs: torch.Tensor

@@ -270,7 +270,7 @@ def _row(value: float, off: float) -> dict[str, float]:
     [
         (-0.1, -3.0, "the energy score is lower by 0.1000 and the FD-x is lower by 3.0"),
         (0.1, 3.0, "the energy score is higher by 0.1000 and the FD-x is higher by 3.0"),
-        (-0.01, 1.0, "energy score is the same within its interval and the FD-x is the same"),
+        (-0.01, 1.0, "energy score cannot be told from one stream's and the FD-x cannot be told"),
     ],
 )
 def test_the_verdict_on_streams_is_what_the_intervals_say(

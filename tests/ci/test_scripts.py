@@ -297,6 +297,7 @@ class TestValidation:
             (27.17, "≥ 27.4 dB", "MISSED"), (0.783, "≥ 0.79", "MISSED"),
             (1_500_000, "≥ 1,520,000", "MISSED"), (1_672_272, "≤ 1,680,000", "PASS"),
             (0.81, "1 ± 0.2", "PASS"), (1.3, "1 ± 0.2", "MISSED"), (0.5, "1 ± 0.2", "MISSED"), (None, "≥ 1", "MISSED"),
+            (0.0, "< 0", "MISSED"), (0.0, "≥ 0", "PASS"), (0.0, "≤ 0", "PASS"),
         ],
     )  # fmt: skip
     def test_a_status_must_follow_from_its_figure(
@@ -315,6 +316,28 @@ class TestValidation:
         assert found == {}
         assert len(problems) == len(REPORTS)
         assert judge(found, problems) == 2
+
+    def test_what_is_not_whole_is_a_problem_and_no_crash(
+        self, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for file in results.glob("*.json"):
+            shutil.copy(file, tmp_path)
+        for name, part in (("latency", "settings"), ("fid", "figures")):
+            report = json.loads((tmp_path / f"{name}.json").read_text())
+            (tmp_path / f"{name}.json").write_text(json.dumps({**report, part: {}}))
+        assert ci.validate_results.main(["--results", str(tmp_path)]) == 2
+        assert "problem: fid and ablation measured on different" in capsys.readouterr().out
+
+    def test_what_was_skipped_stands_beside_a_milestones_verdict(
+        self, reports: dict[str, dict[str, Any]], results: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "summary.json"
+        ci.validate_results.main(["--results", str(results), "--output", str(output)])
+        summary = json.loads(output.read_text())
+        assert sum(summary["skipped"].values()) == summary["counts"]["SKIPPED"]
+        assert summary["skipped"]["M2-4"] == sum(
+            target["status"] == "SKIPPED" for target in reports["streams"]["targets"]
+        )
 
     def test_the_table_has_every_target(self, reports: dict[str, dict[str, Any]]) -> None:
         rows = milestone_rows(reports)
@@ -607,3 +630,17 @@ def test_a_clock_that_is_read_while_the_device_works_is_told(
     assert not case.synchronised
     ci._streams.run_case(model, 1, case, **options)
     assert not case.synchronised  # one look is enough
+
+
+def test_a_folder_of_weights_has_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    found = ci._streams.Source(checkpoint=str(tmp_path)).digest(0)
+    assert found == ci._streams.Source(checkpoint=str(tmp_path / "model.safetensors")).digest(0)
+
+
+@pytest.mark.parametrize("seed", ["-1", "18446744073709551616", "one"])
+def test_a_seed_that_cannot_be_taken_is_told(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ci.fid_eval.main(["--seed", seed])
+    assert stopped.value.code == 2
+    assert "--seed: expected a whole number from 0 to" in capsys.readouterr().err

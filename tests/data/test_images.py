@@ -272,6 +272,59 @@ class TestFinding:
         assert "2.tar: not a whole" in told
         assert "2 files are passed over (.gif, .gz)" in told
 
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            ("flip", "a member's header is damaged"),
+            ("cut", "it is cut off: its end mark is missing"),
+            ("cut within", "it is cut off: its end mark is missing"),
+            ("hole", "more follows behind its end mark"),
+            ("two", "more follows behind its end mark"),
+        ],
+    )
+    def test_what_lies_behind_damage_is_told(
+        self, tmp_path: Path, damage: str, reason: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Where Python's reader of archives just stops."""
+        gradient().save(tmp_path / "a.png")
+        with tarfile.open(tmp_path / "t.tar", "w") as archive:
+            for number in range(6):
+                archive.add(tmp_path / "a.png", arcname=f"{number}.png")
+        assert len(find_images([tmp_path / "t.tar"])) == 6
+        assert not caplog.text
+        with tarfile.open(tmp_path / "t.tar") as archive:
+            third = archive.getmembers()[3].offset
+        content = bytearray((tmp_path / "t.tar").read_bytes())
+        if damage == "flip":
+            content[third + 20] ^= 1
+        elif damage == "hole":
+            content[third : third + 1024] = bytes(1024)
+        elif damage == "two":
+            content = content + content
+        else:
+            content = content[: third + (100 if damage == "cut within" else 0)]
+        (tmp_path / "t.tar").write_bytes(content)
+        assert len(find_images([tmp_path / "t.tar"])) == (6 if damage == "two" else 3)
+        assert f"t.tar: not a whole, uncompressed tar archive ({reason})" in caplog.text
+
+    def test_other_names_of_known_formats(self, tmp_path: Path) -> None:
+        for name in ("a.jfif", "b.jpe", "c.pgm", "d.pnm", "e.JPG"):
+            kind = "PPM" if name[-1] == "m" else "JPEG"
+            gradient().convert("L").save(tmp_path / name, format=kind)
+        refs = find_images([tmp_path])
+        assert [ref.stem for ref in refs] == list("abcde")
+        assert {ref.load().size for ref in refs} == {(40, 24)}
+
+    def test_what_is_not_read_in_a_tar_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gradient().save(tmp_path / "a.png")
+        with tarfile.open(tmp_path / "t.tar", "w") as archive:
+            for name in ("a.png", "b.heic", "c.json"):
+                archive.add(tmp_path / "a.png", name)
+        assert [ref.stem for ref in find_images([tmp_path / "t.tar"])] == ["a"]
+        assert "t.tar: 1 files are passed over (.heic)" in caplog.text
+
     def test_damaged_pictures(self, tmp_path: Path) -> None:
         buffer = io.BytesIO()
         gradient(200, 200).save(buffer, format="PNG")
@@ -352,17 +405,33 @@ def test_names_and_classes_of_a_folder(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("most", "scale"), [(1.0, 255.0), (200.0, 1.0)])
+@pytest.mark.parametrize(
+    ("most", "scale"),
+    [(1.0, 255.0), (1.02, 255.0), (200.0, 1.0), (283.0, 1.0), (65535.0, 255 / 65535)],
+)
 def test_float_grey_is_scaled_and_not_cut_off(tmp_path: Path, most: float, scale: float) -> None:
     grey = np.linspace(0, most, 256, dtype=np.float32).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "x.tif")
     loaded = np.asarray(ImageRef(tmp_path / "x.tif").load())[..., 0]
-    np.testing.assert_allclose(loaded, grey * scale, atol=0.51)
+    np.testing.assert_allclose(loaded, np.minimum(grey * scale, 255), atol=0.51)
 
 
-def test_dark_16_bit_grey_stays_dark(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 200, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert np.asarray(ImageRef(tmp_path / "x.png").load()).max() == 1
+def test_floats_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    grey = np.full((8, 8), 0.5, dtype=np.float32)
+    grey[3, 3] = np.nan
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match=r"x\.tif: damaged picture \(it holds NaN or infinity\)"):
+        ImageRef(tmp_path / "x.tif").load()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.pgm"])
+def test_dark_16_bit_grey_stays_dark(tmp_path: Path, name: str) -> None:
+    grey = np.full((8, 8), 200, dtype=np.uint16)
+    if name == "x.pgm":
+        (tmp_path / name).write_bytes(b"P5 8 8 65535\n" + grey.astype(">u2").tobytes())
+    else:
+        Image.fromarray(grey).save(tmp_path / name)
+    assert np.asarray(ImageRef(tmp_path / name).load()).max() == 1
 
 
 def test_a_picture_too_large_to_be_safe_says_what_to_do(

@@ -32,7 +32,9 @@ def test_the_default_is_200_crops_and_more_of_many_scenes() -> None:
 def test_the_same_everywhere_and_a_prefix_of_more() -> None:
     few, many = wheel_reference(16), wheel_reference(30)
     assert torch.equal(few.pictures, many.pictures[:16])
-    assert few.digest() == wheel_reference(16).digest() != many.digest()
+    assert few.digest() != many.digest()
+    # As every supported Pillow and NumPy must make it: figures of two machines are of the same pictures.
+    assert few.digest().startswith("b37964c3c6e5")
 
 
 def test_both_motorcycles_are_one_scene() -> None:
@@ -47,6 +49,9 @@ def test_pictures_of_a_directory_are_scenes_of_their_own(folder_of_pictures: Pat
     found = load_reference(5, directory=folder_of_pictures)
     assert found.clusters == (0, 1, 2, 3, 4)
     assert found.as_dict()["scenes"] == 5
+    assert torch.equal(
+        load_reference(5, directory=str(folder_of_pictures)).pictures, found.pictures
+    )
 
 
 def test_a_changed_photograph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,6 +358,9 @@ def test_what_the_weights_recommend_is_taken_where_nothing_is_said(model: Energy
         return model.generate_latents([0, 2], generator=seeded(), **options)
 
     assert torch.equal(draw(), draw(guidance=3.0, temperature=0.5))
+    model.recommended = {"guidance": 3.0}
+    assert torch.equal(draw(), draw(guidance=3.0, temperature=1.0))
+    model.recommended["temperature"] = 0.5
     assert not torch.equal(draw(), draw(guidance=0.0))
     assert not torch.equal(draw(), draw(temperature=1.0))
 
@@ -407,3 +410,18 @@ def test_a_draw_goes_on_from_known_scales() -> None:
     hook.remove()
     for a, b in zip(drawn, hidden, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_labels_and_latents_are_as_many(model: EnergyAR) -> None:
+    with pytest.raises(ValueError, match="3 latents need as many labels"):
+        model.scores(torch.tensor([0, 1]), torch.zeros(3, 4, 8, 8))
+
+
+def test_an_autoencoder_of_other_channels_is_refused(model: EnergyAR) -> None:
+    with pytest.raises(ValueError, match="draws latents of 4 channels, the autoencoder decodes 32"):
+        model.attach(ParScaleEAR())
+
+
+def test_one_name_is_no_list_of_names() -> None:
+    with pytest.raises(ValueError, match="several names"):
+        EARConfig(class_names="tench")  # type: ignore[arg-type]

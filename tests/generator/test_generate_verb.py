@@ -42,6 +42,11 @@ def test_writes_a_grid(checkpoint: str, tmp_path: Path) -> None:
     assert Image.open(out).tobytes() != pixels
 
 
+def test_weights_that_do_not_say_how_they_were_trained(var: VAR, tmp_path: Path) -> None:
+    path = var.save_pretrained(tmp_path / "var.safetensors", training=None)
+    assert generate("--checkpoint", path, "--out", tmp_path / "grid.png") == 0
+
+
 def test_streams(var: VAR, checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
     assert generate("--checkpoint", checkpoint, "--streams", 3, "--count", 2, "--out", out) == 0

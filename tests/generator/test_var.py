@@ -273,3 +273,13 @@ def test_compiled_blocks_draw_the_same(var: VAR) -> None:
 def test_packed_weights_are_not_compiled(var: VAR) -> None:
     with pytest.raises(ValueError, match="instead of pack"):
         copy.deepcopy(var).pack().compile()
+
+
+def test_tokens_that_are_told_are_checked(load: Callable[..., VAR], kind: str) -> None:
+    var = load(kind)
+    tokens, _ = var.generate_tokens([3], top_k=1)
+    with pytest.raises(ValueError, match="tokens must have the shapes"):
+        var.generate_tokens([3], forced=tokens[:-1])
+    tokens[0] = tokens[0] + var.config.vqvae.vocabulary
+    with pytest.raises(ValueError, match="tokens must lie in"):
+        var.generate_tokens([3], forced=tokens)

@@ -16,7 +16,6 @@ from parscale_ear.metrics.features import (
     INCEPTION_FILE,
     EfficientNetLite,
     FeatureError,
-    ForeignWeightsError,
     Inception,
     inception_weights,
     load_extractor,
@@ -94,8 +93,9 @@ class TestInception:
         path.write_bytes(b"not it")
         with pytest.raises(FeatureError, match="not pytorch-fid's"):
             Inception(path)
-        with pytest.raises(FeatureError, match="no such file"):
-            inception_weights(tmp_path / "missing.pth")
+        for missing in (tmp_path / "missing.pth", str(tmp_path / "missing.pth")):
+            with pytest.raises(FeatureError, match="no such file"):
+                inception_weights(missing)
 
     def test_a_named_file_is_not_replaced_by_another_extractor(self, tmp_path: Path) -> None:
         with pytest.raises(FeatureError, match="no such file"):
@@ -122,6 +122,20 @@ class TestInception:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         with pytest.raises(FeatureError, match=str(tmp_path)):
             inception_weights(download=False)
+
+    def test_a_page_instead_of_the_weights_is_not_taken_for_a_damaged_cache(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+        def page(_: str, path: str, **__: object) -> None:
+            Path(path).write_text("<html>please sign in</html>")
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", page)
+        assert "could not be downloaded" in load_extractor("auto")[1]
+        with pytest.raises(FeatureError, match="what was downloaded is not"):
+            inception_weights()
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     def test_auto_falls_back_by_name(
         self,
@@ -159,7 +173,7 @@ class TestInception:
             Path(path).write_bytes(sent.pop(0))
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-        with pytest.raises(ForeignWeightsError, match="not pytorch-fid's"):
+        with pytest.raises(FeatureError, match=f"what was downloaded is not {name}"):
             inception_weights()
         assert list(cached.parent.iterdir()) == []
         assert inception_weights() == inception_weights() == cached  # fetched once

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -159,3 +161,18 @@ def test_ms_ssim_needs_room_for_five_scales(photographs: torch.Tensor) -> None:
     small = photographs[:1, :, :160, :160]
     with pytest.raises(ValueError, match="at least 161 pixels"):
         ms_ssim(small, small)
+
+
+@pytest.mark.parametrize(("metric", "least"), [(ssim, 11), (haarpsi, 16)])
+def test_similarities_say_how_large_pictures_must_be(metric: Any, least: int) -> None:
+    few = torch.zeros(1, 3, least, least, dtype=torch.uint8)
+    assert metric(few, few) == pytest.approx(1)
+    few = few[..., :-1]
+    with pytest.raises(ValueError, match=f"at least {least} pixels"):
+        metric(few, few)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, ms_ssim, haarpsi])
+def test_no_pictures_have_no_figures(metric: Any) -> None:
+    none = torch.zeros(0, 3, 176, 176, dtype=torch.uint8)
+    assert metric(none, none).shape == (0,)

@@ -66,3 +66,12 @@ def test_details_have_three_bands(kind: type) -> None:
     assert all(
         p.grad is not None for n, p in head.named_parameters() if not n.startswith(("out.0", "input.0", "bands"))
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [SquaredErrorHead, GaussianHead, DiffusionHead])
+def test_every_head_weighs_tokens_alike(kind: type) -> None:
+    """A figure for each of three bands, as the energy head has: their mean is what is trained."""
+    head = kind(4, **SIZES)
+    for level, bands in ((0, 1), (1, 3)):
+        tokens = torch.randn(2, 5, SIZES["channels"] * bands)
+        assert head.scores(torch.randn(2, 5, 4), tokens, level=level).shape == (2, 5, bands)

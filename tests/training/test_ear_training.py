@@ -471,6 +471,7 @@ def test_damaged_latents_are_not_trained_on(
         ({"width": 30, "heads": 4}, "heads"),
         ({"steps": None}, "minutes or steps"),
         ({"steps": None, "minutes": 0}, "weights to start"),
+        ({"steps": 5, "minutes": 0, "start": "x"}, "leaves the first stage out"),
         ({"picture_draws": 1}, "picture_draws"),
         ({"picture_known": -1}, "picture_known"),
         ({"picture_pairs": -1}, "picture_pairs"),
