@@ -224,6 +224,12 @@ class TestReports:
         assert len(skipped) >= 4  # CUDA memory, CUDA latency, Inception, controlled training
         assert all(target["why"] for target in skipped)
 
+    def test_streams_say_which_weights_they_are_of(
+        self, reports: dict[str, dict[str, Any]]
+    ) -> None:
+        told = reports["streams"]["figures"]["origin"]["weights"]
+        assert told == "random, depth 1, seed 0"
+
     def test_the_switched_off_model_is_the_baselines_kin(
         self, reports: dict[str, dict[str, Any]]
     ) -> None:
