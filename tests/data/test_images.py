@@ -308,11 +308,12 @@ class TestFinding:
         assert f"t.tar: not a whole, uncompressed tar archive ({reason})" in caplog.text
 
     def test_other_names_of_known_formats(self, tmp_path: Path) -> None:
-        for name in ("a.jfif", "b.jpe", "c.pgm", "d.pnm", "e.JPG"):
-            kind = "PPM" if name[-1] == "m" else "JPEG"
+        kinds = {"pgm": "PPM", "pnm": "PPM", "jp2": "JPEG2000", "j2k": "JPEG2000"}
+        for name in ("a.jfif", "b.jpe", "c.pgm", "d.pnm", "e.JPG", "f.jp2", "g.j2k"):
+            kind = kinds.get(name[2:], "JPEG")
             gradient().convert("L").save(tmp_path / name, format=kind)
         refs = find_images([tmp_path])
-        assert [ref.stem for ref in refs] == list("abcde")
+        assert [ref.stem for ref in refs] == list("abcdefg")
         assert {ref.load().size for ref in refs} == {(40, 24)}
 
     def test_what_is_not_read_in_a_tar_is_told(
